@@ -1,0 +1,49 @@
+"""A job is a program: it reads a typed request, writes `result.json` beside it, and exits 0 or says why not.
+
+The same entry serves every backend: `python -m diffusion_core.jobs.<stage> <request URI>`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from diffusion_core.config import UserError, explain
+from diffusion_core.jobs.requests import Request, Result
+from diffusion_core.storage import Directory
+
+RequestT = TypeVar("RequestT", bound=Request)
+
+EXIT_USER_ERROR = 2
+RESULT, ERROR = "result.json", "error.json"
+
+
+def main(stage: str, request_type: type[RequestT], run: Callable[[RequestT], Result]) -> int:
+    """Run one job from the command line. Exit status: 0, 2 if the user can mend it; a defect ends in its traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
+    if len(sys.argv) != 2:
+        print(f"usage: python -m diffusion_core.jobs.{stage} <request URI>", file=sys.stderr)
+        return EXIT_USER_ERROR
+    parent, _, name = sys.argv[1].rpartition("/")
+    place = Directory(parent or ".")
+    try:
+        result = run(_read_request(place, name, request_type))
+    except UserError as error:
+        place.write_json(ERROR, {"error": str(error)})
+        print(f"{stage}: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    place.write_json(RESULT, result.model_dump(mode="json"))
+    return 0
+
+
+def _read_request(place: Directory, name: str, request_type: type[RequestT]) -> RequestT:
+    try:
+        return request_type.model_validate_json(place.read(name))
+    except FileNotFoundError:
+        raise UserError(f"There is no request at {place.uri}/{name}.") from None
+    except ValidationError as error:
+        raise UserError(explain(error)) from None
