@@ -1,0 +1,105 @@
+"""Configuration of the evaluation and of the gate. Light: no torch, so that requests and the command start fast."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from diffusion_core.config import Config, execution
+from diffusion_core.diffusion.config import GuidanceConfig, SamplerConfig
+
+
+class Extractor(StrEnum):
+    """Which network turns images into the features that the distances compare."""
+
+    classifier = "classifier"
+    """A small CNN that the evaluation trains on the dataset version itself and caches with it."""
+    inception = "inception"
+    """InceptionV3 from a weights file that the user names. Only then a Fréchet distance is called FID."""
+
+
+class EvaluationLabels(StrEnum):
+    """Which labels the evaluated samples are asked to show."""
+
+    dataset = "dataset"
+    """The labels of the held-out images that make the floor, one for one: both sets have the same class mix."""
+    balanced = "balanced"
+    """Every class equally often."""
+
+
+class ClassifierConfig(Config):
+    """How the feature extractor of a dataset is trained. On the CPU, with fixed seed and threads, so it is reproducible.
+
+    A labelled dataset gets a classifier of its classes. One without labels gets a classifier of rotations by 0, 90, 180
+    and 270 degrees (Gidaris et al., 2018, "Unsupervised Representation Learning by Predicting Image Rotations").
+    """
+
+    width: int = Field(32, ge=8, le=256, multiple_of=8, description="Channels of the first stage; doubled in the second.")
+    features: int = Field(64, ge=8, le=2048, description="Length of the feature vector that the distances compare.")
+    images: int = Field(120_000, ge=1, description="Training images seen, repeated over epochs when there are fewer.")
+    batch_size: int = Field(128, ge=2, le=8192, description="Training images a step.")
+    learning_rate: float = Field(2e-3, gt=0, le=1, description="Peak of the learning rate: warm-up, then cosine to zero.")
+    weight_decay: float = Field(1e-2, ge=0, le=10, description="Decoupled weight decay (AdamW).")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the initial weights, the order of images and the shifts.")
+    threads: int = Field(1, ge=1, le=256, description="CPU threads of training and of extraction.")
+
+
+class EvaluationConfig(Config):
+    """How a model bundle is measured against a dataset version."""
+
+    extractor: Extractor = Field(
+        Extractor.classifier,
+        description="classifier: trained on the dataset itself, no download; inception: InceptionV3 from a weights file.",
+    )
+    classifier: ClassifierConfig = Field(ClassifierConfig(), description="Training of the classifier extractor.")
+    inception_weights: str | None = execution(
+        None,
+        description="InceptionV3 weights of the published FID port: a .safetensors or .pth file, local or s3://. "
+        "The digest of the file is part of the evaluation's id.",
+    )
+    samples: int = Field(
+        1_000, ge=16, le=1_000_000, description="Generated images to measure; at most the rows of the test split."
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the samples and of the subsets of the kernel distance.")
+    labels: EvaluationLabels = Field(
+        EvaluationLabels.dataset,
+        description="dataset: the labels of the held-out images, one for one; balanced: every class equally often.",
+    )
+    sampler: SamplerConfig = Field(SamplerConfig(), description="Sampler that makes the samples.")
+    guidance: GuidanceConfig = Field(GuidanceConfig(), description="Guidance of the samples.")
+    batch_size: int = Field(64, ge=1, le=65_536, description="Images that one worker samples together.")
+    neighbours: int = Field(3, ge=1, le=100, description="k of the k-nearest-neighbour manifold of precision and recall.")
+    kid_subsets: int = Field(50, ge=2, le=10_000, description="Random subsets that the kernel distance (KID) averages.")
+    kid_subset_size: int = Field(
+        1_000, ge=2, le=100_000, description="Images of each set in one subset; at most the number of samples."
+    )
+
+    @model_validator(mode="after")
+    def _weights_are_named_when_needed(self) -> Self:
+        if self.extractor is Extractor.inception and not self.inception_weights:
+            raise ValueError("the extractor inception needs inception_weights, the path or s3:// URI of its weights file")
+        if self.extractor is Extractor.classifier and self.inception_weights:
+            raise ValueError("inception_weights is given but the extractor is classifier: choose the extractor inception")
+        return self
+
+
+class GateConfig(Config):
+    """When a registered model version becomes the champion."""
+
+    first_limit: float = Field(
+        50.0,
+        gt=0,
+        description="The first champion's Fréchet distance may be at most this multiple of the floor.",
+    )
+    min_accuracy: float | None = Field(
+        None, ge=0, le=1, description="Least accuracy of conditional samples of any champion; ignored without labels."
+    )
+    resamples: int = Field(
+        200, ge=20, le=100_000, description="Paired bootstrap resamples of the difference in Fréchet distance."
+    )
+    confidence: float = Field(
+        0.95, gt=0.5, lt=1, description="Confidence of the two-sided bootstrap interval that a new champion has to clear."
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the bootstrap.")
