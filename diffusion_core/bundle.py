@@ -1,0 +1,217 @@
+"""A trained model as a directory that can travel alone.
+
+`model.safetensors` (the averaged weights), `config.json` (everything needed to use them), `samples.png`, `README.md` (the
+model card), and `bundle.json`, the record of the digests of the others. The record is written last and only if absent:
+it is the commit, and a directory without one is not a bundle. Nothing in a bundle can execute.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, ValidationError
+
+from diffusion_core.config import Config, UserError, digest, execution, explain, identity
+from diffusion_core.diffusion.config import ProcessConfig
+from diffusion_core.networks.config import UNetConfig
+from diffusion_core.storage import Directory
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from diffusion_core.diffusion.process import GaussianProcess
+
+SCHEMA_VERSION = 1
+RECORD, WEIGHTS, CONFIG, SAMPLES, CARD = "bundle.json", "model.safetensors", "config.json", "samples.png", "README.md"
+
+
+class DatasetReference(Config):
+    """The dataset version that a model was trained on."""
+
+    name: str = Field(description="Name of the dataset.")
+    version: str = Field(description="Version of the dataset: a digest of its content and transforms.")
+    uri: str = execution(description="Where the dataset version was when the model was trained.")
+
+
+class BundleConfig(Config):
+    """Everything besides the weights that is needed to use a model, and where the model came from."""
+
+    schema_version: int = Field(SCHEMA_VERSION, ge=1, description="Version of the bundle's layout.")
+    process: ProcessConfig = Field(description="The diffusion process that the network was trained for.")
+    network: UNetConfig = Field(description="The network.")
+    image_shape: tuple[int, int, int] = Field(description="Height, width and channels of the images.")
+    class_names: tuple[str, ...] = Field((), description="Names of the classes by label; empty: no class conditioning.")
+    dataset: DatasetReference = Field(description="The dataset version that the model was trained on.")
+    run_id: str = Field(description="The training run.")
+    images_seen: int = Field(ge=0, description="Images seen in training when the bundle was exported.")
+    code_version: str = execution("", description="Version of the code that trained the model.")
+    mlflow_run_id: str | None = execution(None, description="MLflow run that recorded the training.")
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 for an unconditional model."""
+        return len(self.class_names)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded bundle: the network is in evaluation mode, on the device asked for, with gradients switched off."""
+
+    config: BundleConfig
+    process: GaussianProcess
+    network: nn.Module
+    digest: str
+    uri: str
+
+
+def save_bundle(directory: Directory, config: BundleConfig, weights: dict[str, Tensor], samples_png: bytes) -> str:
+    """Write a bundle and return its digest. A directory that holds a bundle already is left as it is.
+
+    Args:
+        directory: where the bundle goes.
+        config: process, network, image shape and provenance.
+        weights: `state_dict` of the network, with the averaged weights, on any device.
+        samples_png: a picture of a few samples, PNG.
+    """
+    if directory.exists(RECORD):
+        return bundle_digest(directory.uri)
+    from safetensors.torch import save
+
+    weight_bytes = save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
+    files = {
+        WEIGHTS: weight_bytes,
+        CONFIG: (config.model_dump_json(indent=2) + "\n").encode(),
+        SAMPLES: samples_png,
+        CARD: model_card(config).encode(),
+    }
+    for name, data in files.items():
+        directory.write(name, data)
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "digest": digest(config, _sha256(weight_bytes)),
+        "identity": identity(config),
+        "files": {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in files.items()},
+    }
+    directory.create_json(RECORD, record)
+    return bundle_digest(directory.uri)
+
+
+def load_bundle(uri: str | Directory, device: str | Any = "cpu") -> Bundle:
+    """Load a model for use.
+
+    Raises:
+        UserError: there is no complete bundle at `uri`, a file of it is damaged, or it was written by newer code.
+    """
+    from safetensors.torch import load
+
+    from diffusion_core.diffusion.process import make_process
+    from diffusion_core.networks import build_network
+
+    place = _place(uri)
+    record, config = _record(place), read_bundle_config(place)
+    network = build_network(config.network, config.image_shape, config.num_classes)
+    try:
+        network.load_state_dict(load(_verified(place, record, WEIGHTS)))
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"The weights of the bundle {place.uri} do not fit its network: {first}") from error
+    network = network.to(device).eval().requires_grad_(False)
+    return Bundle(config, make_process(config.process), network, record["digest"], place.uri)
+
+
+def bundle_digest(uri: str | Directory) -> str:
+    """The digest of a bundle: of its weights and the identity of its configuration, not of where it lies.
+
+    Reads the record only. Raises `UserError` if there is no bundle.
+    """
+    return str(_record(_place(uri))["digest"])
+
+
+def read_bundle_config(uri: str | Directory) -> BundleConfig:
+    """The configuration of a bundle, without loading its weights (or torch); `UserError` if there is no bundle."""
+    place = _place(uri)
+    record = _record(place)
+    try:
+        config = BundleConfig.model_validate_json(_verified(place, record, CONFIG))
+    except ValidationError as error:
+        raise UserError(f"The bundle {place.uri} cannot be read by this version of the code: {explain(error)}") from error
+    return config
+
+
+def verify_bundle(uri: str | Directory) -> str:
+    """Read every file of a bundle, compare it with its record, and return the bundle's digest.
+
+    Raises:
+        UserError: there is no bundle, or a file of it is missing or damaged.
+    """
+    place = _place(uri)
+    record = _record(place)
+    for name in record["files"]:
+        _verified(place, record, name)
+    read_bundle_config(place)
+    return str(record["digest"])
+
+
+def model_card(config: BundleConfig) -> str:
+    """The README of a bundle, in Markdown."""
+    height, width, channels = config.image_shape
+    classes = ", ".join(config.class_names) if config.class_names else "none (unconditional)"
+    process = config.process
+    return f"""# A diffusion model of {config.dataset.name}
+
+Makes images of {height}x{width} pixels with {channels} channel{"s" if channels > 1 else ""}.
+
+| | |
+|---|---|
+| classes | {classes} |
+| dataset | {config.dataset.name}, version `{config.dataset.version}` |
+| training run | `{config.run_id}`, {config.images_seen:,} images seen |
+| process | {process.schedule} schedule, {process.timesteps} timesteps, predicts {process.prediction} |
+| network | {config.network.kind}, {config.network.base_channels} base channels |
+| code version | {config.code_version or "unknown"} |
+
+![samples](samples.png)
+
+The weights are the exponential moving average of the trained ones. Load the directory with
+`diffusion_core.bundle.load_bundle(uri)`; it holds no code and no pickle. The model has seen the images of its dataset
+only: what it makes shares their biases and their limits of use.
+"""
+
+
+def _place(uri: str | Directory) -> Directory:
+    return uri if isinstance(uri, Directory) else Directory(uri)
+
+
+def _record(place: Directory) -> dict[str, Any]:
+    try:
+        record = place.read_json(RECORD)
+        if record.get("schema_version", 1) > SCHEMA_VERSION:
+            raise UserError(
+                f"The bundle {place.uri} has schema version {record['schema_version']}; "
+                f"this code reads up to {SCHEMA_VERSION}."
+            )
+        weights = record["files"][WEIGHTS]["sha256"]
+        complete = record["digest"] == digest(record["identity"], weights) and CONFIG in record["files"]
+    except FileNotFoundError:
+        raise UserError(f"{place.uri} is not a model bundle: there is no {RECORD} in it.") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        complete = False
+    if not complete:
+        raise UserError(f"{place.uri} is not a model bundle: its {RECORD} cannot be read or was changed.")
+    return dict(record)
+
+
+def _verified(place: Directory, record: dict[str, Any], name: str) -> bytes:
+    try:
+        data = place.read(name)
+    except FileNotFoundError:
+        raise UserError(f"The bundle {place.uri} is damaged: {name} is missing.") from None
+    if _sha256(data) != record["files"][name]["sha256"]:
+        raise UserError(f"The bundle {place.uri} is damaged: {name} differs from what {RECORD} says.")
+    return data
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
