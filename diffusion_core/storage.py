@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from diffusion_core.storage_s3 import S3Prefix
 
+Names = list[str]  # inside the classes below, `list` is a method
+
 _TEMPORARY = ".tmp-"  # begins the name of every file that is still being written; such files are never listed
 _USER_MISTAKES = {
     errno.ENOSPC: "the disk is full",
@@ -103,7 +105,7 @@ class Directory:
             return _regular(path).read_bytes()
 
     def write(self, key: str, data: bytes) -> None:
-        """Put a file there, in place of whatever was there. Readers see the old content or the new one, never a part."""
+        """Put a file there in place of whatever was there. Readers see the old content or the new, never a part."""
         if not self.is_local:
             self._s3.write(_checked_key(key), data)
             return
@@ -160,7 +162,7 @@ class Directory:
             return self._s3.list(prefix)
         return _walk(Path(self.uri), prefix)
 
-    def children(self) -> list[str]:
+    def children(self) -> Names:
         """Names of the directories directly below this one, sorted."""
         if not self.is_local:
             return self._s3.children()

@@ -31,7 +31,7 @@ from botocore.exceptions import (
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from diffusion_core.config import UserError
-from diffusion_core.storage import Entry
+from diffusion_core.storage import Entry, Names
 
 if TYPE_CHECKING:
     from pyarrow import NativeFile
@@ -108,7 +108,7 @@ class S3Prefix(NamedTuple):
                 if key and not key.endswith("/"):  # consoles mark an empty folder with an object named "folder/"
                     yield Entry(key, item["Size"], item["ETag"].strip('"'))
 
-    def children(self) -> list[str]:
+    def children(self) -> Names:
         pages = self._pages(Prefix=self.prefix, Delimiter="/")
         found = {item["Prefix"] for page in pages for item in page.get("CommonPrefixes", [])}
         return sorted(prefix.removeprefix(self.prefix).rstrip("/") for prefix in found)
@@ -197,7 +197,8 @@ class S3Prefix(NamedTuple):
             return True
 
         try:
-            parts = [self._put_part(key, upload, n, content.read(PART_BYTES)) for n in range(1, -(-size // PART_BYTES) + 1)]
+            numbers = range(1, -(-size // PART_BYTES) + 1)
+            parts = [self._put_part(key, upload, number, content.read(PART_BYTES)) for number in numbers]
             return self._request(complete)
         except BaseException as error:
             if attempts > 1 and isinstance(error, (_Taken, _Absent)) and self._upload_mark(key) == mark:
@@ -270,7 +271,7 @@ def check_reachable_s3(uri: str, writable: bool) -> None:
     thread.start()
     thread.join(CHECK_SECONDS)
     if not outcome:
-        raise UserError(f"The store {uri} cannot be reached: {_endpoint()} gave no answer within {CHECK_SECONDS} seconds.")
+        raise UserError(f"The store {uri} cannot be reached: {_endpoint()} gave no answer in {CHECK_SECONDS} seconds.")
     error = outcome[0]
     if isinstance(error, (ClientError, BotoCoreError)):
         _translate(uri, error)
@@ -292,7 +293,8 @@ def _translate(uri: str, error: Exception) -> NoReturn:
             raise _Absent from error
         if code in ("PreconditionFailed", "412"):
             raise _Taken from error
-        reason = _SENTENCES.get(code) or f"{_endpoint()} answered {code}: {error.response.get('Error', {}).get('Message')}"
+        message = error.response.get("Error", {}).get("Message")
+        reason = _SENTENCES.get(code) or f"{_endpoint()} answered {code}: {message}"
         raise UserError(f"The store {uri} cannot be used: {reason.rstrip('.')}.") from error
     raise UserError(f"The store {uri} cannot be reached: {_lower(str(error)).rstrip('.')}.") from error
 
@@ -362,7 +364,8 @@ def _cached_file_system(_pid: int, _variables: tuple[tuple[str, str], ...]) -> S
 
     client = _new_client(connect_timeout=10, read_timeout=60)
     endpoint = urlsplit(client.meta.endpoint_url)
-    options: dict[str, Any] = {"region": client.meta.region_name, "retry_strategy": AwsStandardS3RetryStrategy(ATTEMPTS)}
+    options: dict[str, Any] = {"region": client.meta.region_name}
     if not (endpoint.hostname or "").endswith(".amazonaws.com"):
         options |= {"scheme": endpoint.scheme, "endpoint_override": endpoint.netloc}
-    return S3FileSystem(connect_timeout=10, request_timeout=60, **options)
+    retries = AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS)
+    return S3FileSystem(connect_timeout=10, request_timeout=60, retry_strategy=retries, **options)

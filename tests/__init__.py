@@ -1,0 +1,1 @@
+"""The test suite, and the helpers that its parts share."""
