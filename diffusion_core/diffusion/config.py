@@ -6,6 +6,7 @@ Nothing here imports torch, so that a configuration is validated without waiting
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Self
 
 from pydantic import Field, model_validator
 
@@ -17,7 +18,7 @@ class Choice(StrEnum):
 
     explanation: str
 
-    def __new__(cls, value: str, explanation: str) -> Choice:
+    def __new__(cls, value: str, explanation: str = "") -> Self:
         member = str.__new__(cls, value)
         member._value_ = value
         member.explanation = explanation

@@ -1,9 +1,9 @@
 """Randomness with an address: every value is a function of (seed, purpose, position, element) and of nothing else.
 
-The generator is counter-based: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), whose
-state is its argument. The key is a digest of the seed and of the purpose, the counter is (element block, draw, position),
-so that no value depends on a batch, a rank, a device, or on what was drawn before. Normal variates are made by Box-Muller
-in float64, which keeps CPU and GPU together to the last bit of float32 but for rare roundings.
+The generator is counter-based: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"),
+whose state is its argument. The key is a digest of the seed and of the purpose, the counter is (element block, draw,
+position), so that no value depends on a batch, a rank, a device, or on what was drawn before. Normal variates are
+made by Box-Muller in float64, which keeps CPU and GPU together to the last bit of float32 but for rare roundings.
 """
 
 from __future__ import annotations

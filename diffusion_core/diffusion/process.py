@@ -1,0 +1,191 @@
+"""The Gaussian process that a model is trained with: forward in closed form, posterior, and what the network predicts.
+
+Tables are float64; coefficients are gathered first and cast to the images' dtype after. Images in half precision are
+taken to float32: there the noise of the first timesteps would be lost in rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from diffusion_core.config import UserError
+from diffusion_core.diffusion.config import Prediction, ProcessConfig, Variance
+from diffusion_core.diffusion.losses import simple_loss
+from diffusion_core.diffusion.schedules import NoiseSchedule, Time, make_schedule
+
+
+class Network(Protocol):
+    """Whatever predicts: a torch module, or any function of x_t (N, ...), t (N,) and the conditioning."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, /, **cond: Any) -> Tensor: ...
+
+
+class Posterior(NamedTuple):
+    """A Gaussian over x_s: `mean` has the shape of x_t, the variances are (N, 1, ..., 1) and of the same dtype."""
+
+    mean: Tensor
+    variance: Tensor
+    log_variance: Tensor
+
+
+class GaussianProcess:
+    """A noise schedule together with what the network predicts.
+
+    Shapes in all methods: images x0, x_t, noise and network outputs are (N, ...) and floating; times are (N,) of any
+    dtype, or one number for the whole batch. Results have the images' dtype, but never less than float32.
+
+    Args:
+        schedule: alpha(t) and sigma(t).
+        prediction: what the network's output stands for.
+        variance: the variance of an ancestral step.
+
+    Raises:
+        UserError: for an unknown prediction or variance, and for a schedule without any signal at its end (zero
+            terminal SNR) when the noise is to be predicted, since no x0 follows from the noise there.
+    """
+
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        prediction: Prediction | str = Prediction.EPSILON,
+        variance: Variance | str = Variance.FIXED_SMALL,
+    ) -> None:
+        self.schedule = schedule
+        self.prediction = _member(Prediction, prediction, "prediction")
+        self.variance = _member(Variance, variance, "variance")
+        if self.prediction is Prediction.EPSILON and float(schedule.alpha(schedule.times(1)[0])) == 0.0:
+            raise UserError(
+                "prediction: epsilon is not accepted with a schedule that ends in pure noise (zero terminal SNR): "
+                "choose v or x0."
+            )
+
+    def q_sample(self, x0: Tensor, t: Time, noise: Tensor) -> Tensor:
+        """x_t = alpha(t) * x0 + sigma(t) * noise (Ho et al. 2020, eq. 4)."""
+        x0, alpha, sigma = self._gather(x0, t)
+        return alpha * x0 + sigma * noise
+
+    def posterior(self, x0: Tensor, x_t: Tensor, t: Time, s: Time | None = None) -> Posterior:
+        """q(x_s | x_t, x_0) (Ho et al. 2020, eq. 6 and 7), with s = t-1 unless it is given.
+
+        At s = t_clean the variance is 0. Its logarithm is then replaced by that of the step before, from
+        t+1 to t, as in the code of Ho et al.: it only ever meets a bound that is computed as if it were that small.
+        """
+        return self._step(x0, x_t, t, s, Variance.FIXED_SMALL)
+
+    def p_step(self, x0_hat: Tensor, x_t: Tensor, t: Time, s: Time | None = None) -> Posterior:
+        """p(x_s | x_t) of the model: the posterior's mean at x0_hat, with the variance that the process has chosen.
+
+        With the variance fixed_large the step to the clean image keeps the forward variance, as in the paper; a
+        sampler draws no noise there all the same.
+        """
+        return self._step(x0_hat, x_t, t, s, self.variance)
+
+    def predict_x0(self, x_t: Tensor, t: Time, output: Tensor, prediction: Prediction | str | None = None) -> Tensor:
+        """x0 from a network's output, read as `prediction` (default: the process's own)."""
+        x_t, alpha, sigma = self._gather(x_t, t)
+        kind = self._kind(prediction)
+        output = output.to(x_t.dtype)
+        if kind is Prediction.X0:
+            return output
+        if kind is Prediction.V:
+            # alpha**2 + sigma**2 is 1 for variance-preserving schedules; dividing keeps the others right.
+            return (alpha * x_t - sigma * output) / (alpha.square() + sigma.square())
+        return (x_t - sigma * output) / alpha
+
+    def predict_epsilon(
+        self, x_t: Tensor, t: Time, output: Tensor, prediction: Prediction | str | None = None
+    ) -> Tensor:
+        """The noise from a network's output, read as `prediction` (default: the process's own)."""
+        x_t, alpha, sigma = self._gather(x_t, t)
+        kind = self._kind(prediction)
+        output = output.to(x_t.dtype)
+        if kind is Prediction.EPSILON:
+            return output
+        if kind is Prediction.V:
+            return (sigma * x_t + alpha * output) / (alpha.square() + sigma.square())
+        return (x_t - alpha * output) / sigma
+
+    def predict_v(self, x_t: Tensor, t: Time, output: Tensor, prediction: Prediction | str | None = None) -> Tensor:
+        """v = alpha * epsilon - sigma * x0 (Salimans & Ho 2022) from an output, read as `prediction`."""
+        if self._kind(prediction) is Prediction.V:
+            return output.to(_wide(x_t).dtype)
+        epsilon = self.predict_epsilon(x_t, t, output, prediction)
+        x0 = self.predict_x0(x_t, t, output, prediction)
+        return self.target(x0, t, epsilon, Prediction.V)
+
+    def score(self, x_t: Tensor, t: Time, output: Tensor, prediction: Prediction | str | None = None) -> Tensor:
+        """grad log q(x_t) = -epsilon / sigma(t) (Song et al. 2021) from an output, read as `prediction`."""
+        epsilon = self.predict_epsilon(x_t, t, output, prediction)
+        return -epsilon / self._gather(x_t, t)[2]
+
+    def target(self, x0: Tensor, t: Time, noise: Tensor, prediction: Prediction | str | None = None) -> Tensor:
+        """What a perfect network would have put out for x0 and its noise."""
+        kind = self._kind(prediction)
+        x0, alpha, sigma = self._gather(x0, t)
+        if kind is Prediction.X0:
+            return x0
+        return noise.to(x0.dtype) if kind is Prediction.EPSILON else alpha * noise - sigma * x0
+
+    def training_losses(self, network: Network, x0: Tensor, t: Tensor, noise: Tensor, **cond: Any) -> Tensor:
+        """The simple loss of each image.
+
+        Args:
+            network: called as network(x_t, t, **cond).
+            x0: (N, C, H, W) in [-1, 1].
+            t: (N,) int64 in [0, T-1].
+            noise: standard normal, of the shape of x0.
+
+        Returns:
+            (N,) float32 (float64 if x0 is): mean squared error between the network's output and its target.
+        """
+        return simple_loss(network(self.q_sample(x0, t, noise), t, **cond), self.target(x0, t, noise))
+
+    def _step(self, x0: Tensor, x_t: Tensor, t: Time, s: Time | None, kind: Variance) -> Posterior:
+        x_t = _wide(x_t)
+        t = torch.as_tensor(t, dtype=torch.float64, device=x_t.device)
+        s = t - 1 if s is None else torch.as_tensor(s, dtype=torch.float64, device=x_t.device)
+        step = self.schedule.transition(s, t)
+        mean = _column(step.x_t_coefficient, x_t) * x_t + _column(step.x0_coefficient, x_t) * x0
+        if kind is Variance.FIXED_LARGE:
+            variance, floored = step.forward_variance, step.forward_variance
+        else:
+            variance, floored = step.posterior_variance, self._floored(step.posterior_variance, s, t)
+        return Posterior(mean, _column(variance, x_t), _column(torch.log(floored), x_t))
+
+    def _floored(self, variance: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        """The variance with its zeros (at s = t_clean) replaced by that of the step from t + (t - s) to t."""
+        latest = self.schedule.times(1)[0]
+        before = self.schedule.transition(t, torch.clamp(2 * t - s, max=latest)).posterior_variance
+        return torch.where(s == self.schedule.t_clean, before, variance)
+
+    def _gather(self, x: Tensor, t: Time) -> tuple[Tensor, Tensor, Tensor]:
+        """x in at least float32, and alpha(t) and sigma(t) in its dtype, shaped to multiply it."""
+        x = _wide(x)
+        return x, _column(self.schedule.alpha(t), x), _column(self.schedule.sigma(t), x)
+
+    def _kind(self, prediction: Prediction | str | None) -> Prediction:
+        return self.prediction if prediction is None else _member(Prediction, prediction, "prediction")
+
+
+def make_process(config: ProcessConfig) -> GaussianProcess:
+    """The process of a configuration."""
+    return GaussianProcess(make_schedule(config.schedule, config.timesteps), config.prediction, config.variance)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype.itemsize >= 4 else x.float()
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    """A coefficient per image, (N,) or one number, in the dtype of `like` and shaped to multiply it."""
+    values = values.to(device=like.device, dtype=like.dtype)
+    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim)) if values.ndim else values
+
+
+def _member(kind: Any, value: Any, field: str) -> Any:
+    if value not in set(kind):
+        raise UserError(f"{field}: {str(value)!r} is not accepted: known are {', '.join(kind)}.")
+    return kind(value)

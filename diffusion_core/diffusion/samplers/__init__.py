@@ -1,0 +1,50 @@
+"""Samplers: they see a denoiser and a schedule, and nothing else. One file per family, one line each in `_SAMPLERS`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusion_core.config import UserError
+from diffusion_core.diffusion.config import SamplerConfig, SamplerKind
+from diffusion_core.diffusion.process import GaussianProcess
+from diffusion_core.diffusion.samplers.ancestral import AncestralSampler
+from diffusion_core.diffusion.samplers.base import Noise, Sampler, Step
+from diffusion_core.diffusion.samplers.ddim import DDIMSampler
+from diffusion_core.diffusion.schedules import NoiseSchedule
+
+__all__ = ["AncestralSampler", "DDIMSampler", "Noise", "Sampler", "Step", "build_sampler", "make_sampler"]
+
+_SAMPLERS: dict[SamplerKind, type[Sampler]] = {
+    SamplerKind.DDPM: AncestralSampler,
+    SamplerKind.DDIM: DDIMSampler,
+}
+
+
+def make_sampler(kind: SamplerKind | str, schedule: NoiseSchedule, steps: int, **options: Any) -> Sampler:
+    """A sampler by its name.
+
+    Args:
+        kind: one of `SamplerKind`, or its value.
+        schedule: that of the process which the model was trained with.
+        steps: number of steps.
+        options: `spacing` or `times` for all; `variance` for ddpm; `eta` for ddim.
+
+    Raises:
+        UserError: if there is no such kind, or the schedule does not take that many steps.
+    """
+    return _sampler(kind)(schedule, steps, **options)
+
+
+def build_sampler(config: SamplerConfig, process: GaussianProcess) -> Sampler:
+    """The sampler of a configuration, with everything that it takes from the process (as the ancestral variance).
+
+    Raises:
+        UserError: if the schedule does not take that many steps.
+    """
+    return _sampler(config.kind).from_config(config, process)
+
+
+def _sampler(kind: SamplerKind | str) -> type[Sampler]:
+    if kind not in _SAMPLERS:
+        raise UserError(f"sampler.kind: {str(kind)!r} is not accepted: known are {', '.join(_SAMPLERS)}.")
+    return _SAMPLERS[SamplerKind(kind)]
