@@ -1,4 +1,4 @@
-"""What can be said about a source of images and about the dataset version that is made from it. No heavy import here."""
+"""What can be said about a source of images and the dataset version made from it. No heavy import here."""
 
 from __future__ import annotations
 

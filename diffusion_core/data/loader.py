@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from diffusion_core.config import UserError
-from diffusion_core.data.shards import Batch, ImageDataset, Record
+from diffusion_core.data.shards import Batch, ImageDataset
 from diffusion_core.diffusion.noise import keyed_permutation
 
 KeyT = TypeVar("KeyT")

@@ -153,7 +153,9 @@ def open_dataset(uri: str | Directory) -> ImageDataset:
     try:
         manifest = directory.read_json(MANIFEST)
     except FileNotFoundError:
-        raise UserError(f"{directory.uri} is not a dataset version: there is no {MANIFEST}{_hint(directory)}.") from None
+        raise UserError(
+            f"{directory.uri} is not a dataset version: there is no {MANIFEST}{_hint(directory)}."
+        ) from None
     except ValueError as error:
         raise UserError(f"The dataset {directory.uri} is damaged: {MANIFEST} is not JSON ({error}).") from error
     if not isinstance(manifest, dict) or "image_shape" not in manifest:
@@ -275,7 +277,10 @@ def write_rejected(directory: Directory, rejected: Sequence[tuple[str, str]]) ->
     """Write key and reason of every item that was not taken, sorted by key."""
     rows = sorted(rejected)
     table = pa.table(
-        {"key": pa.array([key for key, _ in rows], pa.string()), "reason": pa.array([why for _, why in rows], pa.string())}
+        {
+            "key": pa.array([key for key, _ in rows], pa.string()),
+            "reason": pa.array([why for _, why in rows], pa.string()),
+        }
     )
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
@@ -303,7 +308,9 @@ def write_dataset(
     shape = next(iter(splits.values())).images.shape[1:]
     config = DatasetConfig(name=name, channels=shape[2], rows_per_shard=rows_per_shard)
     rows = config.shard_rows(int(np.prod(shape)))
-    version = digest([SCHEMA_VERSION, rows, list(class_names), {split: _content(batch) for split, batch in splits.items()}])
+    version = digest(
+        [SCHEMA_VERSION, rows, list(class_names), {split: _content(batch) for split, batch in splits.items()}]
+    )
     root = store if isinstance(store, Directory) else Directory(store)
     directory = root / f"datasets/{name}/{version}"
     records: list[Record] = []
@@ -335,7 +342,7 @@ def _check_splits(splits: Mapping[str, Batch], class_names: Sequence[str]) -> No
     for split, batch in splits.items():
         if (batch.labels is not None) != bool(class_names):
             raise UserError(f"The split {split!r} has labels without class names, or class names without labels.")
-        if batch.labels is not None and len(batch) and not 0 <= batch.labels.min() <= batch.labels.max() < len(class_names):
+        if batch.labels is not None and not np.isin(batch.labels, np.arange(len(class_names))).all():
             raise UserError(f"The labels of split {split!r} must lie between 0 and {len(class_names) - 1}.")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -30,13 +32,17 @@ def numbers(batch: Batch) -> list[int]:
     return (batch.images[:, 0, 0, 0].astype(int) * 256 + batch.images[:, 0, 1, 0]).tolist()
 
 
+def joined(lists: Iterable[Iterable[int]]) -> list[int]:
+    return list(itertools.chain.from_iterable(lists))
+
+
 def the_order(rows: int, per_shard: int, window: int, seed: int, epoch: int) -> list[int]:
     """The definition, written plainly."""
     shards = [list(range(first, min(first + per_shard, rows))) for first in range(0, rows, per_shard)]
     shuffled = [shards[i] for i in keyed_permutation(seed, f"data.shards.{epoch}", len(shards))]
     order = []
     for index, first in enumerate(range(0, len(shuffled), window)):
-        mixed = sum(shuffled[first : first + window], [])
+        mixed = joined(shuffled[first : first + window])
         order += [mixed[i] for i in keyed_permutation(seed, f"data.rows.{epoch}.{index}", len(mixed))]
     return order
 
@@ -51,13 +57,13 @@ def the_order(rows: int, per_shard: int, window: int, seed: int, epoch: int) -> 
 @settings(max_examples=40, deadline=None)
 def test_memory_and_stream_serve_the_defined_order(tmp_path_factory, rows, per_shard, window, seed, cuts):
     dataset = numbered(tmp_path_factory.mktemp("d"), rows, per_shard)
-    wanted = sum((the_order(rows, per_shard, window, seed, epoch) for epoch in range(1 + 150 // rows)), [])[:150]
+    wanted = joined(the_order(rows, per_shard, window, seed, epoch) for epoch in range(1 + 150 // rows))[:150]
     for budget in (1 << 30, 0):
         loader = Loader(dataset, seed=seed, window_shards=window, memory_budget_bytes=budget)
         assert loader.state_is_in_memory == (budget > 0)
         edges = [0, *sorted(cuts), 150]
-        served = [loader.take(np.arange(a, b)) for a, b in zip(edges, edges[1:], strict=False)]
-        assert sum((numbers(batch) for batch in served), []) == wanted
+        served = [loader.take(np.arange(a, b)) for a, b in itertools.pairwise(edges)]
+        assert joined(numbers(batch) for batch in served) == wanted
         for batch in served:
             np.testing.assert_array_equal(batch.labels, np.array(numbers(batch), np.int64) % 7)
         loader.close()
@@ -67,7 +73,7 @@ def test_memory_and_stream_serve_the_defined_order(tmp_path_factory, rows, per_s
 @settings(max_examples=25, deadline=None)
 def test_any_positions_in_any_order(tmp_path_factory, positions, streamed):
     dataset = numbered(tmp_path_factory.mktemp("d"), 47, 9, text=True)
-    order = sum((the_order(47, 9, 2, 5, epoch) for epoch in range(11)), [])
+    order = joined(the_order(47, 9, 2, 5, epoch) for epoch in range(11))
     loader = Loader(dataset, seed=5, window_shards=2, memory_budget_bytes=0 if streamed else 1 << 20)
     batch = loader.take(np.array(positions, np.int64))
     assert numbers(batch) == [order[position] for position in positions]
@@ -91,13 +97,13 @@ def test_the_shares_of_workers_make_up_the_global_batch(tmp_path):
         shares = [Loader(dataset, seed=1, memory_budget_bytes=0) for _ in range(world)]
         micro = [np.arange(80 + 8 * m, 88 + 8 * m) for m in range(8)]
         served = {m: numbers(shares[m % world].take(micro[m])) for m in range(8)}
-        assert sum((served[m] for m in range(8)), []) == whole
+        assert joined(served[m] for m in range(8)) == whole
 
 
 def test_a_stream_holds_two_windows_and_reads_each_once(tmp_path, monkeypatch):
     dataset = numbered(tmp_path, 120, 10)
     reads: list[str] = []
-    alive, most = [0], [0]
+    most = 0
     inner = ImageDataset.read_shard
 
     def counted(self, record, with_keys=True):
@@ -108,8 +114,8 @@ def test_a_stream_holds_two_windows_and_reads_each_once(tmp_path, monkeypatch):
     loader = Loader(dataset, seed=0, window_shards=3, memory_budget_bytes=0)
     for first in range(0, 120, 8):
         loader.take(np.arange(first, first + 8))
-        most[0] = max(most[0], len(loader._stream._held))
-    assert most[0] == 2
+        most = max(most, len(loader._stream._held))
+    assert most == 2
     deadline = time.monotonic() + 5
     while len(reads) < 15 and time.monotonic() < deadline:
         time.sleep(0.01)

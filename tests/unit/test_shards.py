@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -45,7 +46,9 @@ def test_a_dataset_reads_back_what_was_written(tmp_path, classes, text):
     assert dataset.rejected() == []
 
 
-@pytest.mark.parametrize(("offset", "limit"), [(0, 0), (0, 1), (8, 5), (10, 10), (3, None), (20, 100), (25, 3), (9, 12)])
+@pytest.mark.parametrize(
+    ("offset", "limit"), [(0, 0), (0, 1), (8, 5), (10, 10), (3, None), (20, 100), (25, 3), (9, 12)]
+)
 def test_a_range_of_rows(tmp_path, offset, limit):
     rows = batch(25)
     dataset = write_dataset(str(tmp_path), "small", {"train": rows}, ["a", "b", "c"], rows_per_shard=10)
@@ -65,7 +68,7 @@ def test_the_parquet_layout_is_the_contract(tmp_path):
     assert json.loads(schema.metadata[b"image_shape"]) == [4, 5, 3] and schema.metadata[b"image_dtype"] == b"uint8"
     assert file.metadata.row_group(0).column(0).compression == "ZSTD"
     record = dataset.manifest["shards"][0]
-    data = open(f"{dataset.uri}/{record['file']}", "rb").read()
+    data = (Path(dataset.uri) / record["file"]).read_bytes()
     assert (record["bytes"], record["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
     assert dataset.manifest["schema_version"] == 1 and dataset.manifest["image_dtype"] == "uint8"
 
