@@ -136,7 +136,9 @@ def read_bundle_config(uri: str | Directory) -> BundleConfig:
     try:
         config = BundleConfig.model_validate_json(_verified(place, record, CONFIG))
     except ValidationError as error:
-        raise UserError(f"The bundle {place.uri} cannot be read by this version of the code: {explain(error)}") from error
+        raise UserError(
+            f"The bundle {place.uri} cannot be read by this version of the code: {explain(error)}"
+        ) from error
     return config
 
 

@@ -36,11 +36,15 @@ class ClassifierConfig(Config):
     and 270 degrees (Gidaris et al., 2018, "Unsupervised Representation Learning by Predicting Image Rotations").
     """
 
-    width: int = Field(32, ge=8, le=256, multiple_of=8, description="Channels of the first stage; doubled in the second.")
+    width: int = Field(
+        32, ge=8, le=256, multiple_of=8, description="Channels of the first stage; doubled in the second."
+    )
     features: int = Field(64, ge=8, le=2048, description="Length of the feature vector that the distances compare.")
     images: int = Field(120_000, ge=1, description="Training images seen, repeated over epochs when there are fewer.")
     batch_size: int = Field(128, ge=2, le=8192, description="Training images a step.")
-    learning_rate: float = Field(2e-3, gt=0, le=1, description="Peak of the learning rate: warm-up, then cosine to zero.")
+    learning_rate: float = Field(
+        2e-3, gt=0, le=1, description="Peak of the learning rate: warm-up, then cosine to zero."
+    )
     weight_decay: float = Field(1e-2, ge=0, le=10, description="Decoupled weight decay (AdamW).")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the initial weights, the order of images and the shifts.")
     threads: int = Field(1, ge=1, le=256, description="CPU threads of training and of extraction.")
@@ -70,7 +74,9 @@ class EvaluationConfig(Config):
     sampler: SamplerConfig = Field(SamplerConfig(), description="Sampler that makes the samples.")
     guidance: GuidanceConfig = Field(GuidanceConfig(), description="Guidance of the samples.")
     batch_size: int = Field(64, ge=1, le=65_536, description="Images that one worker samples together.")
-    neighbours: int = Field(3, ge=1, le=100, description="k of the k-nearest-neighbour manifold of precision and recall.")
+    neighbours: int = Field(
+        3, ge=1, le=100, description="k of the k-nearest-neighbour manifold of precision and recall."
+    )
     kid_subsets: int = Field(50, ge=2, le=10_000, description="Random subsets that the kernel distance (KID) averages.")
     kid_subset_size: int = Field(
         1_000, ge=2, le=100_000, description="Images of each set in one subset; at most the number of samples."
@@ -79,9 +85,13 @@ class EvaluationConfig(Config):
     @model_validator(mode="after")
     def _weights_are_named_when_needed(self) -> Self:
         if self.extractor is Extractor.inception and not self.inception_weights:
-            raise ValueError("the extractor inception needs inception_weights, the path or s3:// URI of its weights file")
+            raise ValueError(
+                "the extractor inception needs inception_weights, the path or s3:// URI of its weights file"
+            )
         if self.extractor is Extractor.classifier and self.inception_weights:
-            raise ValueError("inception_weights is given but the extractor is classifier: choose the extractor inception")
+            raise ValueError(
+                "inception_weights is given but the extractor is classifier: choose the extractor inception"
+            )
         return self
 
 
@@ -100,6 +110,9 @@ class GateConfig(Config):
         200, ge=20, le=100_000, description="Paired bootstrap resamples of the difference in Fréchet distance."
     )
     confidence: float = Field(
-        0.95, gt=0.5, lt=1, description="Confidence of the two-sided bootstrap interval that a new champion has to clear."
+        0.95,
+        gt=0.5,
+        lt=1,
+        description="Confidence of the two-sided bootstrap interval that a new champion has to clear.",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the bootstrap.")

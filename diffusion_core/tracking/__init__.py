@@ -1,0 +1,36 @@
+"""The record of runs and the registry of models: the one place that talks to MLflow.
+
+Without MLFLOW_TRACKING_URI the record is a SQLite file in a local store, `<store>/mlflow.db`, with artifacts in
+`<store>/mlartifacts`. MLflow itself is imported when it is first needed: that takes a second or two.
+"""
+
+from diffusion_core.tracking.connection import tracking_uri, without_secrets
+from diffusion_core.tracking.models import ResolvedModel, check_alias, list_models, resolve_model
+from diffusion_core.tracking.registry import (
+    champion,
+    champion_history,
+    promote,
+    register_version,
+    rollback,
+    set_alias,
+    tag_version,
+)
+from diffusion_core.tracking.runs import RunRecorder, record_figures
+
+__all__ = [
+    "ResolvedModel",
+    "RunRecorder",
+    "champion",
+    "champion_history",
+    "check_alias",
+    "list_models",
+    "promote",
+    "record_figures",
+    "register_version",
+    "resolve_model",
+    "rollback",
+    "set_alias",
+    "tag_version",
+    "tracking_uri",
+    "without_secrets",
+]
