@@ -1,8 +1,8 @@
 """A trained model as a directory that can travel alone.
 
-`model.safetensors` (the averaged weights), `config.json` (everything needed to use them), `samples.png`, `README.md` (the
-model card), and `bundle.json`, the record of the digests of the others. The record is written last and only if absent:
-it is the commit, and a directory without one is not a bundle. Nothing in a bundle can execute.
+`model.safetensors` (the averaged weights), `config.json` (everything needed to use them), `samples.png`, `README.md`
+(the model card), and `bundle.json`, the record of the digests of the others. The record is written last and only if
+absent: it is the commit, and a directory without one is not a bundle. Nothing in a bundle can execute.
 """
 
 from __future__ import annotations

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import mlflow
 import numpy as np
-from mlflow.pyfunc import PythonModel
+from mlflow.pyfunc.model import PythonModel
 
 if TYPE_CHECKING:
     import pandas
-    from mlflow.pyfunc import PythonModelContext
+    from mlflow.pyfunc.model import PythonModelContext
 
 
-class DiffusionModel(PythonModel):  # type: ignore[misc]
+class DiffusionModel(PythonModel):
     """A bundle behind MLflow's `predict`."""
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -35,10 +35,10 @@ class DiffusionModel(PythonModel):  # type: ignore[misc]
 
     def predict(self, context: Any, model_input: pandas.DataFrame, params: dict[str, Any] | None = None) -> np.ndarray:
         """Images (N, H, W, C) uint8 for the rows of `model_input`."""
-        options = params or {}
+        options = {"seed": 0, **self.defaults, **(params or {})}
         count = len(model_input)
         ids = self._column(model_input, "image_id", np.arange(count))
-        seeds = self._column(model_input, "seed", np.full(count, int(options.get("seed", 0))))
+        seeds = self._column(model_input, "seed", np.full(count, int(options["seed"])))
         labels = self._labels(model_input)
         images = np.zeros((count, *self.bundle.config.image_shape), dtype=np.uint8)
         for seed in np.unique(seeds):
@@ -51,14 +51,13 @@ class DiffusionModel(PythonModel):  # type: ignore[misc]
         from diffusion_core.generation.config import GenerationConfig
         from diffusion_core.generation.worker import Generator
 
-        steps = int(options.get("steps", self.defaults["sampler"]["steps"]))
-        scale = float(options.get("guidance_scale", self.defaults["guidance_scale"]))
+        sampler = {**options["sampler"], "steps": options.get("steps", options["sampler"]["steps"])}
         config = GenerationConfig.model_validate(
             {
-                "sampler": {**self.defaults["sampler"], "steps": steps},
-                "guidance": {"scale": scale},
+                "sampler": sampler,
+                "guidance": {"scale": options["guidance_scale"]},
                 "seed": seed,
-                "batch_size": self.defaults["batch_size"],
+                "batch_size": options["batch_size"],
             }
         )
         return Generator(self.bundle, config, self.device)

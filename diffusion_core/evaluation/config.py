@@ -30,7 +30,7 @@ class EvaluationLabels(StrEnum):
 
 
 class ClassifierConfig(Config):
-    """How the feature extractor of a dataset is trained. On the CPU, with fixed seed and threads, so it is reproducible.
+    """How the feature extractor of a dataset is trained. On the CPU, with fixed seed and threads: reproducible.
 
     A labelled dataset gets a classifier of its classes. One without labels gets a classifier of rotations by 0, 90, 180
     and 270 degrees (Gidaris et al., 2018, "Unsupervised Representation Learning by Predicting Image Rotations").
@@ -55,7 +55,7 @@ class EvaluationConfig(Config):
 
     extractor: Extractor = Field(
         Extractor.classifier,
-        description="classifier: trained on the dataset itself, no download; inception: InceptionV3 from a weights file.",
+        description="classifier: trained on the dataset itself; inception: InceptionV3 from a weights file.",
     )
     classifier: ClassifierConfig = Field(ClassifierConfig(), description="Training of the classifier extractor.")
     inception_weights: str | None = execution(

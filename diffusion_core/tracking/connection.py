@@ -82,6 +82,8 @@ def ensure_experiment(recorder: MlflowClient, store: str | Directory, name: str)
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         found = recorder.get_experiment_by_name(name)
+    if found is None:
+        raise RuntimeError(f"MLflow does not return the experiment {name!r} that exists")
     if found.lifecycle_stage != "active":
         raise UserError(f"The MLflow experiment {name!r} was deleted: restore it in MLflow or choose another name.")
     return found
@@ -96,7 +98,7 @@ def _artifact_root(store: str | Directory) -> str | None:
 
 
 def _make_database(path: Path, artifact_root: str) -> None:
-    """Make MLflow's SQLite database aside and put it in place complete, so that a crash or a race leaves no half of one."""
+    """Make MLflow's SQLite database aside and put it in place complete: no crash or race leaves half of one."""
     _quieten()
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
@@ -129,7 +131,7 @@ def _check_server(uri: str) -> None:
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             raise UserError(
-                f"The MLflow server {shown} refuses the credentials in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
+                f"The MLflow server {shown} refuses the credentials: see MLFLOW_TRACKING_USERNAME and _PASSWORD."
             ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
@@ -137,7 +139,7 @@ def _check_server(uri: str) -> None:
 
 
 def _quieten() -> None:
-    """No usage statistics over the network, and no page of database migrations in the log. Call before importing mlflow."""
+    """No usage statistics over the network, no page of migrations in the log. Call before importing mlflow."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     for name in ("alembic", "mlflow.store.db.utils"):

@@ -68,7 +68,7 @@ def check_alias(reference: str, store: str | Directory) -> None:
 
 
 def find_version(reference: str, store: str | Directory) -> ModelVersion:
-    """The registered version that `models:/name@alias` or `models:/name/version` names; `UserError` if there is none."""
+    """The version that `models:/name@alias` or `models:/name/version` names; `UserError` if there is none."""
     parts = REFERENCE.fullmatch(reference)
     if parts is None:
         raise UserError(

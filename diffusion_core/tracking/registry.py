@@ -95,7 +95,7 @@ def tag_version(store: str | Directory, model: str, version: int, tags: Mapping[
 
 
 def set_alias(store: str | Directory, model: str, alias: str, version: int) -> None:
-    """Let an alias name a version. The alias champion is set by `promote` and `rollback` only: they keep its history."""
+    """Let an alias name a version. The alias champion is left to `promote` and `rollback`: they keep its history."""
     if alias == CHAMPION:
         raise UserError("The alias champion is set by promote and rollback, which keep its history.")
     client(store).set_registered_model_alias(model, alias, str(version))
@@ -213,16 +213,16 @@ def _save_pyfunc(
     import mlflow
     from mlflow.models import Model
 
-    copy = folder / "bundle"
+    package, copy = Path(diffusion_core.__file__).parent, folder / "bundle"
     for name in [*place.read_json(RECORD)["files"], RECORD]:
         place.download(name, copy / name)
     if bundle_digest(str(copy)) != wanted:
         raise UserError(f"The bundle {place.uri} changed while it was being registered.")
     mlflow.pyfunc.save_model(
         path=str(folder / "model"),
-        python_model=str(Path(__file__).with_name("serving.py")),
+        python_model=str(package / "serving.py"),
         artifacts={"bundle": str(copy)},
-        code_paths=[str(Path(diffusion_core.__file__).parent)],
+        code_paths=[str(package)],
         pip_requirements=pinned_requirements(),
         signature=signature(config, defaults),
         input_example=input_example(config, defaults),
@@ -248,7 +248,7 @@ def signature(config: BundleConfig, defaults: ServingDefaults) -> ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
     conditional = bool(config.class_names)
-    columns = [ColSpec(DataType.long, "label")] if conditional else []
+    columns: list[ColSpec | TensorSpec] = [ColSpec(DataType.long, "label")] if conditional else []
     columns.append(ColSpec(DataType.long, "image_id", required=not conditional))
     columns.append(ColSpec(DataType.long, "seed", required=False))
     params = [
