@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-
 from pydantic import Field, field_validator
 
 from diffusion_core.config import Config, execution
-from diffusion_core.diffusion.config import GuidanceConfig, SamplerConfig
+from diffusion_core.diffusion.config import Choice, GuidanceConfig, SamplerConfig
 
 MAX_IMAGE_ID = 2**62
 
 
-class ImageFormat(StrEnum):
+class ImageFormat(Choice):
     """How the images of a set are stored."""
 
-    PARQUET = "parquet"
-    """Parquet shards in the Hugging Face image layout."""
-    WEBDATASET = "webdataset"
-    """One tar per shard: `<image id>.png`, `.json` and, with labels, `.cls`."""
-    PNG = "png"
-    """One folder of PNG files per shard, with a `metadata.jsonl` (Hugging Face image-folder layout)."""
+    PARQUET = "parquet", "Parquet shards in the Hugging Face image layout"
+    WEBDATASET = "webdataset", "one tar per shard with <image id>.png, .json and, if there are classes, .cls"
+    PNG = "png", "one folder of PNG files per shard with a metadata.jsonl (Hugging Face image-folder layout)"
 
 
-class SamplingPrecision(StrEnum):
+class SamplingPrecision(Choice):
     """Number format of the network while sampling; the sampler itself stays in float32."""
 
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32", "exact, the right one on CPU"
+    BFLOAT16 = "bfloat16", "faster on a GPU, with small rounding differences"
+
+
+LABEL_FILES = (".txt", ".csv", ".jsonl", ".parquet")
 
 
 class GenerationConfig(Config):
@@ -48,14 +46,16 @@ class GenerationConfig(Config):
     )
     label_column: str = Field("label", min_length=1, description="Column of a .csv, .jsonl or .parquet label file.")
     batch_size: int = Field(64, ge=1, le=65536, description="Images that are computed together.")
-    precision: SamplingPrecision = Field(SamplingPrecision.FLOAT32, description="Precision of the network.")
+    precision: SamplingPrecision = Field(
+        SamplingPrecision.FLOAT32, description=f"Precision of the network. {SamplingPrecision.explained()}"
+    )
     threads: int = Field(1, ge=1, le=1024, description="CPU threads of each worker.")
-    format: ImageFormat = Field(ImageFormat.PARQUET, description="How images are stored: parquet, webdataset or png.")
+    format: ImageFormat = Field(ImageFormat.PARQUET, description=f"How images are stored. {ImageFormat.explained()}")
     images_per_shard: int = Field(
         1024, ge=1, le=1_000_000, description="Images in a shard; best a multiple of batch_size."
     )
 
-    count: int = execution(1000, ge=1, le=MAX_IMAGE_ID, description="Number of images wanted.")
+    count: int = execution(1000, ge=1, le=1_000_000_000, description="Number of images wanted.")
     first_image_id: int | None = execution(
         None,
         ge=0,
@@ -71,7 +71,9 @@ class GenerationConfig(Config):
 
     @field_validator("labels")
     @classmethod
-    def _not_empty(cls, labels: str | tuple[int | str, ...]) -> str | tuple[int | str, ...]:
+    def _known_form(cls, labels: str | tuple[int | str, ...]) -> str | tuple[int | str, ...]:
         if not labels:
-            raise ValueError("give 'balanced', a list of classes, or the path of a label file")
+            raise ValueError("give 'balanced', a list of classes, or a label file")
+        if isinstance(labels, str) and labels != "balanced" and not labels.lower().endswith(LABEL_FILES):
+            raise ValueError(f"give 'balanced', a list of classes, or a file that ends with {' or '.join(LABEL_FILES)}")
         return labels

@@ -1,0 +1,164 @@
+"""Which image ids a set has, cut into which shards; and which of them a request is about.
+
+A set grows by *extensions*: ranges of image ids that nobody has planned before. `extensions/<n>.json` is created if
+absent, so that of two jobs which extend the set at once one gets number n, and the other looks again. Everything else
+follows from that log: the number of each shard, the plan tables, the names of the manifests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from diffusion_core.storage import Directory
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Image ids [first_image_id, first_image_id + count), stored together as `shards/part-<number>`."""
+
+    number: int
+    first_image_id: int
+    count: int
+
+    @property
+    def key(self) -> str:
+        return f"shards/part-{self.number:05d}"
+
+    @property
+    def record_key(self) -> str:
+        return f"{self.key}.json"
+
+    @property
+    def stop(self) -> int:
+        return self.first_image_id + self.count
+
+
+@dataclass(frozen=True)
+class Extension:
+    """Image ids [first_image_id, first_image_id + count), in shards numbered from `first_shard`."""
+
+    number: int
+    first_image_id: int
+    count: int
+    first_shard: int
+
+    @property
+    def stop(self) -> int:
+        return self.first_image_id + self.count
+
+    @property
+    def plan_key(self) -> str:
+        return f"plan-{self.first_image_id}.parquet"
+
+    @property
+    def manifest_key(self) -> str:
+        """Exists as soon as every image of the extension is stored."""
+        return f"manifest-{self.stop - 1}.json"
+
+    @property
+    def index_key(self) -> str:
+        return f"index-{self.stop - 1}.parquet"
+
+    @property
+    def closed_key(self) -> str:
+        """Exists if the extension was once finished with fewer failed shards than the threshold allows."""
+        return f"closed-{self.stop - 1}.json"
+
+    def shard_count(self, images_per_shard: int) -> int:
+        return (self.stop - 1) // images_per_shard - self.first_image_id // images_per_shard + 1
+
+    def shards(self, images_per_shard: int) -> list[Shard]:
+        """Cut at multiples of `images_per_shard`, so that shards and batches begin together wherever they can."""
+        starts = range(self.first_image_id // images_per_shard, (self.stop - 1) // images_per_shard + 1)
+        return [self.shard_of(max(self.first_image_id, n * images_per_shard), images_per_shard) for n in starts]
+
+    def shard_of(self, image_id: int, images_per_shard: int) -> Shard:
+        """The shard that holds an image id of this extension."""
+        nth = image_id // images_per_shard
+        first = max(self.first_image_id, nth * images_per_shard)
+        stop = min(self.stop, (nth + 1) * images_per_shard)
+        return Shard(self.first_shard + nth - self.first_image_id // images_per_shard, first, stop - first)
+
+
+def read_extensions(directory: Directory) -> list[Extension]:
+    """The log of a set, in order."""
+    found: list[Extension] = []
+    while (extension := _read_extension(directory, len(found))) is not None:
+        found.append(extension)
+    return found
+
+
+def extend(
+    directory: Directory,
+    images_per_shard: int,
+    first_image_id: int | None,
+    count: int,
+    unfinished: Callable[[Sequence[Extension]], Extension | None],
+) -> tuple[int, int, list[Extension]]:
+    """Make sure that every image id of a request is planned.
+
+    With `first_image_id` the request is about [first_image_id, first_image_id + count), whatever is there. Without it,
+    an extension that was left unfinished is taken up: the request starts where that started, covers all of it, and adds
+    to it only as far as `count` exceeds it. So the same command again finishes the work after a crash, and only when
+    nothing is left unfinished does it add `count` new images behind the highest id that was ever planned.
+
+    Args:
+        unfinished: picks, of the log, the extension that a request without `first_image_id` has to take up.
+
+    Returns:
+        first, stop: the range of image ids that the request is about; and the extensions that it touches.
+    """
+    while True:
+        log = read_extensions(directory)
+        first, stop = _range(log, first_image_id, count, unfinished)
+        missing = list(uncovered(log, first, stop))
+        if not missing:
+            return first, stop, [item for item in log if item.first_image_id < stop and first < item.stop]
+        first_shard = log[-1].first_shard + log[-1].shard_count(images_per_shard) if log else 0
+        new = Extension(len(log), missing[0][0], missing[0][1] - missing[0][0], first_shard)
+        directory.create_json(_log_key(new.number), {"schema_version": SCHEMA_VERSION, **asdict(new)})
+
+
+def uncovered(log: Sequence[Extension], first: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The parts of [first, stop) that no extension of the log has planned, in order."""
+    at = first
+    for item in sorted(log, key=lambda item: item.first_image_id):
+        if item.stop <= at:
+            continue
+        if item.first_image_id >= stop:
+            break
+        if item.first_image_id > at:
+            yield at, item.first_image_id
+        at = item.stop
+    if at < stop:
+        yield at, stop
+
+
+def _range(
+    log: Sequence[Extension],
+    first: int | None,
+    count: int,
+    unfinished: Callable[[Sequence[Extension]], Extension | None],
+) -> tuple[int, int]:
+    if first is not None:
+        return first, first + count
+    if left := unfinished(log):
+        return left.first_image_id, max(left.stop, left.first_image_id + count)
+    first = max((item.stop for item in log), default=0)
+    return first, first + count
+
+
+def _log_key(number: int) -> str:
+    return f"extensions/{number:05d}.json"
+
+
+def _read_extension(directory: Directory, number: int) -> Extension | None:
+    try:
+        fields: dict[str, Any] = directory.read_json(_log_key(number))
+    except FileNotFoundError:
+        return None
+    return Extension(**{name: fields[name] for name in Extension.__dataclass_fields__})

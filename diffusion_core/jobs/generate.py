@@ -1,0 +1,320 @@
+"""The job that makes images: a set grows by the range of image ids that is asked for, as far as it lacks them.
+
+A plan row is a shard; each shard commits itself (create-if-absent), so that whatever ends the job, running it again
+does only what is missing. Ray Data deals the rows to a pool of actors in blocks. A shard that raises is a row of the
+outcome; a shard that takes its whole process down costs its block, and in the next pass every shard that is still
+missing is a block of its own, so that the poisonous one is alone with its death.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from diffusion_core.bundle import bundle_digest, read_bundle_config
+from diffusion_core.config import UserError
+from diffusion_core.generation import tables
+from diffusion_core.generation.config import GenerationConfig
+from diffusion_core.generation.imageset import FAILED, SHEET, ImageSet, describe
+from diffusion_core.generation.plan import Extension, Shard
+from diffusion_core.jobs.cluster import ray_session
+from diffusion_core.jobs.protocol import main
+from diffusion_core.jobs.requests import GenerateRequest, GenerateResult, Resources
+from diffusion_core.progress import Progress
+
+if TYPE_CHECKING:
+    from diffusion_core.generation.worker import ShardTask
+
+BLOCKS_PER_WORKER = 8
+DIED = "the worker process died while it made this shard (killed, out of memory, or a crash in native code)"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The range of image ids [first_image_id, stop) of a set, made as far as it could be."""
+
+    images: ImageSet
+    first_image_id: int
+    stop: int
+    stored: int
+    generated: int
+    seconds: float
+
+    @property
+    def images_per_second(self) -> float:
+        return self.generated / self.seconds if self.generated else 0.0
+
+
+@dataclass
+class _Outcome:
+    """What became of the shards that were missing."""
+
+    made: set[Shard] = field(default_factory=set)
+    found: set[Shard] = field(default_factory=set)
+    failed: dict[Shard, dict[str, Any]] = field(default_factory=dict)
+    seconds: dict[Shard, float] = field(default_factory=dict)
+
+
+def run(request: GenerateRequest) -> GenerateResult:
+    """Resolve the model, make what is missing, and say what is there."""
+    started = time.monotonic()
+    bundle_uri, version = _resolve(request.model, request.store)
+    done = generate(bundle_uri, request.generation, request.store, request.resources, model_version=version)
+    return GenerateResult(
+        seconds=time.monotonic() - started,
+        reused=done.generated == 0,
+        set_id=done.images.description.set_id,
+        uri=done.images.uri,
+        model_version=version,
+        images=done.stored,
+        generated=done.generated,
+        first_image_id=done.first_image_id,
+        contact_sheet=f"{done.images.uri}/{SHEET}",
+        total_images=done.images.total_images(),
+        images_per_second=done.images_per_second,
+    )
+
+
+def generate(
+    bundle_uri: str,
+    config: GenerationConfig,
+    store: str,
+    resources: Resources,
+    *,
+    model_version: str | None = None,
+    stage: str = "generate",
+    worker: type | None = None,
+) -> Generated:
+    """Make the images that a configuration asks for, and that are not stored yet, into `<store>/images/<set id>`.
+
+    Uses the Ray that is initialised, else starts one for as long as it needs it; needs none (and no torch) if every
+    image is there.
+
+    Args:
+        model_version: what the commit records call the model; default: the bundle's digest.
+        stage: name under which progress is shown.
+        worker: class of the workers, for tests; default `generation.worker.ShardWorker`.
+
+    Raises:
+        UserError: the configuration does not suit the model, the cluster is too small, or more shards failed than
+            `max_failed_shards`. What succeeded is committed then.
+    """
+    started = time.monotonic()
+    found_digest = bundle_digest(bundle_uri)
+    images = describe(store, bundle_uri, found_digest, read_bundle_config(bundle_uri), config)
+    first, stop, extensions = images.extend(config.first_image_id, config.count)
+    missing = images.missing(extensions, first, stop)
+    outcome = _Outcome()
+    if missing:
+        for extension in extensions:
+            images.write_plan(extension)
+        device = "cuda" if resources.gpus_per_worker else "cpu"
+        with ray_session(resources), Progress(stage, stop - first) as progress:
+            task = _task(images, bundle_uri, model_version or found_digest, device)
+            already = stop - first - sum(_within(shard, first, stop) for shard in missing)
+            with _tallied(progress, already) as tally:
+                _make(images, missing, outcome, config, resources, worker, task, tally)
+            progress.update(stop - first - sum(_within(shard, first, stop) for shard in outcome.failed))
+        _write_log(images, outcome, time.monotonic() - started)
+    complete = [images.finish(extension) for extension in extensions]
+    _report_failures(images, missing, outcome, config.max_failed_shards)
+    for extension, whole in zip(extensions, complete, strict=True):
+        if not whole and first <= extension.first_image_id and extension.stop <= stop:
+            _close(images, extension, outcome)
+    if not images.directory.exists(SHEET):
+        images.draw_sheet()
+    stored = stop - first - sum(_within(shard, first, stop) for shard in outcome.failed)
+    made = sum(_within(shard, first, stop) for shard in outcome.made)
+    return Generated(images, first, stop, stored, made, time.monotonic() - started)
+
+
+def _resolve(model: str, store: str) -> tuple[str, str]:
+    """URI of the bundle that a reference means, and the version by which to call it."""
+    if not model.startswith("models:/"):
+        return model, bundle_digest(model)
+    from diffusion_core.tracking import resolve_model
+
+    resolved = resolve_model(model, store)
+    return resolved.bundle_uri, f"{resolved.name}/{resolved.version}"
+
+
+def _task(images: ImageSet, bundle_uri: str, model_version: str, device: str) -> ShardTask:
+    from diffusion_core.generation.worker import ShardTask
+
+    return ShardTask(images.uri, bundle_uri, model_version, device)
+
+
+def _make(
+    images: ImageSet,
+    missing: Sequence[Shard],
+    outcome: _Outcome,
+    config: GenerationConfig,
+    resources: Resources,
+    worker: type | None,
+    task: ShardTask,
+    tally: Any,
+) -> None:
+    """Pass after pass over the shards that are still missing, at most 1 + `max_retries` of them."""
+    todo = list(missing)
+    for attempt in range(1 + config.max_retries):
+        share = -(-len(todo) // (BLOCKS_PER_WORKER * resources.workers))
+        size = 1 if attempt else min(config.shards_per_block, share)
+        if attempt:
+            logger.warning("%d shards are tried again", len(todo))
+        rows = {row["shard"]: row for row in _pass(todo, size, resources, worker, task, tally)}
+        again = []
+        for shard in todo:
+            row = rows.get(shard.number)
+            if row is None:  # its block was lost; it may have been committed before
+                row = {"outcome": "made" if images.record(shard) else "failed", "error": DIED, "final": False}
+            outcome.seconds[shard] = row.get("seconds", 0.0)
+            if row["outcome"] != "failed":
+                outcome.failed.pop(shard, None)
+                (outcome.made if row["outcome"] == "made" else outcome.found).add(shard)
+                continue
+            outcome.failed[shard] = {"error": row["error"], "attempts": attempt + 1}
+            logger.warning("shard %d failed: %s", shard.number, row["error"])
+            if not row["final"]:
+                again.append(shard)
+        todo = again
+        if not todo:
+            return
+
+
+def _pass(
+    shards: Sequence[Shard], size: int, resources: Resources, worker: type | None, task: ShardTask, tally: Any
+) -> Iterator[dict[str, Any]]:
+    """One Ray Data execution: the outcome rows of the shards whose blocks survived."""
+    import pyarrow as pa
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+
+    if worker is None:
+        from diffusion_core.generation.worker import ShardWorker as worker
+
+    names = ("shard", "first_image_id", "count")
+    values = [dict(zip(names, (shard.number, shard.first_image_id, shard.count), strict=True)) for shard in shards]
+    blocks = [pa.Table.from_pylist(values[n : n + size]) for n in range(0, len(values), size)]
+    context = DataContext.get_current().copy()
+    context.max_errored_blocks = -1  # a lost block is looked after here, in the next pass
+    context.enable_progress_bars = False
+    options: dict[str, Any] = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker}
+    if resources.accelerator_type:
+        options["accelerator_type"] = resources.accelerator_type
+    if resources.spread:
+        options["scheduling_strategy"] = "SPREAD"
+    # An actor that has used up its restarts stays in Ray Data's pool as a corpse, and a pool of corpses waits for ever.
+    # So the finite number that binds is that of the retries of a block; restarts are just more than they can need.
+    retries = min(1, resources.max_failures)
+    with DataContext.current(context):
+        dataset = ray.data.from_arrow(blocks).map(
+            worker,
+            fn_constructor_args=(task, tally),
+            compute=ActorPoolStrategy(size=min(resources.workers, len(blocks)), max_tasks_in_flight_per_actor=1),
+            max_restarts=len(blocks) * (1 + retries) + resources.max_failures,
+            max_task_retries=retries,
+            **options,
+        )
+        yield from dataset.iter_rows()
+
+
+class _RayTally:
+    """Tells a counting actor, without waiting for it, how many images are done."""
+
+    def __init__(self, counter: Any) -> None:
+        self._counter = counter
+
+    def __call__(self, images: int) -> None:
+        self._counter.add.remote(images)
+
+
+class _Counter:
+    def __init__(self) -> None:
+        self._total = 0
+
+    def add(self, images: int) -> None:
+        self._total += images
+
+    def total(self) -> int:
+        return self._total
+
+
+@contextmanager
+def _tallied(progress: Progress, already: int) -> Iterator[_RayTally]:
+    """A tally for the workers, and a thread that shows it once a second."""
+    import ray
+
+    counter = ray.remote(_Counter).options(num_cpus=0).remote()
+    ended = threading.Event()
+
+    def show() -> None:
+        while not ended.wait(1.0):
+            try:
+                progress.update(min(already + ray.get(counter.total.remote(), timeout=10), progress.total or 0))
+            except ray.exceptions.RayError as error:
+                logger.warning("progress cannot be shown: %s", error)
+                return
+
+    thread = threading.Thread(target=show, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield _RayTally(counter)
+    finally:
+        ended.set()
+        thread.join(timeout=15)
+        ray.kill(counter)
+
+
+def _report_failures(images: ImageSet, tried: Sequence[Shard], outcome: _Outcome, allowed: int) -> None:
+    """`failed.parquet`; raises if there are more failures than allowed."""
+    if not outcome.failed:
+        if tried:
+            images.directory.delete(FAILED)
+        return
+    images.directory.write(FAILED, tables.failures(outcome.failed))
+    shard, first = next(iter(outcome.failed.items()))
+    sentence = (
+        f"{len(outcome.failed)} of {len(tried)} shards failed, for example shard {shard.number} (images "
+        f"{shard.first_image_id} to {shard.stop - 1}): {first['error'].rstrip('.')}. All of them stand in "
+        f"{images.uri}/{FAILED}. Running the same command again makes only what is missing."
+    )
+    if len(outcome.failed) > allowed:
+        raise UserError(f"{sentence} generation.max_failed_shards = {allowed} is the number that may fail.")
+    logger.warning(sentence)
+
+
+def _close(images: ImageSet, extension: Extension, outcome: _Outcome) -> None:
+    """Note that an extension was finished with some shards failed, so that later requests go beyond it."""
+    failed = [
+        shard.number for shard in outcome.failed if extension.first_image_id <= shard.first_image_id < extension.stop
+    ]
+    if failed:
+        images.directory.create_json(extension.closed_key, {"schema_version": 1, "failed_shards": failed})
+
+
+def _write_log(images: ImageSet, outcome: _Outcome, seconds: float) -> None:
+    """Timings of this job, apart from everything that has to be the same whenever it is made."""
+    now = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    shards = [{"shard": shard.number, "seconds": took} for shard, took in sorted(outcome.seconds.items(), key=str)]
+    log = {"ended": now, "seconds": seconds, "host": os.uname().nodename, "shards": shards}
+    images.directory.create_json(f"log/{now}-{uuid.uuid4().hex[:8]}.json", log)
+
+
+def _within(shard: Shard, first: int, stop: int) -> int:
+    """Images of a shard that belong to [first, stop)."""
+    return min(shard.stop, stop) - max(shard.first_image_id, first)
+
+
+if __name__ == "__main__":
+    sys.exit(main("generate", GenerateRequest, run))
