@@ -1,0 +1,148 @@
+"""A U-Net that predicts noise, x0 or v (Ho et al. 2020, with the residual blocks of Dhariwal & Nichol 2021)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffusion_core.config import UserError
+from diffusion_core.networks.blocks import (
+    Downsample,
+    GroupNorm,
+    ResidualBlock,
+    SelfAttention,
+    TimestepEmbedding,
+    Upsample,
+    zeroed,
+)
+from diffusion_core.networks.config import UNetConfig, check_image_size
+
+
+class Stage(nn.Module):
+    """A residual block, self-attention where it is wanted, and a change of resolution at the end of a level."""
+
+    def __init__(self, block: ResidualBlock, attention: nn.Module | None, resample: nn.Module | None = None) -> None:
+        super().__init__()
+        self.block = block
+        self.attention = attention if attention is not None else nn.Identity()
+        self.resample = resample if resample is not None else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.resample(self.attention(self.block(x, embedding)))
+
+
+class UNet(nn.Module):
+    """The network of one image shape.
+
+    Args:
+        config: widths, depths, and where attention goes.
+        channels: channels of the images.
+        num_classes: number of classes, 0 for an unconditional network.
+        size: the shorter side of the images in pixels, which tells at which level each attention resolution is.
+
+    Attributes:
+        null_label: the label that stands for "no label" (= num_classes).
+    """
+
+    def __init__(self, config: UNetConfig, channels: int, num_classes: int, size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_classes = num_classes
+        self.null_label = num_classes
+        base, embedding = config.base_channels, 4 * config.base_channels
+        widths = [base * multiplier for multiplier in config.channel_multipliers]
+        attended = [size // 2**level in config.attention_resolutions for level in range(len(widths))]
+
+        def attention(width: int, wanted: bool) -> SelfAttention | None:
+            return SelfAttention(width, max(1, width // config.head_channels)) if wanted else None
+
+        self.time_embedding = TimestepEmbedding(base, embedding)
+        self.class_embedding = nn.Embedding(num_classes + 1, embedding) if num_classes else None
+        self.conv_in = nn.Conv2d(channels, base, 3, padding=1)
+
+        self.down = nn.ModuleList()
+        self.downsamples = nn.ModuleList()
+        width, skips = base, [base]
+        for level, out in enumerate(widths):
+            for _ in range(config.blocks_per_level):
+                self.down.append(
+                    Stage(ResidualBlock(width, out, embedding, config.dropout), attention(out, attended[level]))
+                )
+                width = out
+                skips.append(width)
+            if level < len(widths) - 1:
+                self.downsamples.append(Downsample(width))
+                skips.append(width)
+
+        self.middle_1 = Stage(
+            ResidualBlock(width, width, embedding, config.dropout), attention(width, config.middle_attention)
+        )
+        self.middle_2 = ResidualBlock(width, width, embedding, config.dropout)
+
+        self.up = nn.ModuleList()
+        for level, out in reversed(list(enumerate(widths))):
+            for index in range(config.blocks_per_level + 1):
+                last = index == config.blocks_per_level and level > 0
+                block = ResidualBlock(width + skips.pop(), out, embedding, config.dropout)
+                self.up.append(Stage(block, attention(out, attended[level]), Upsample(out) if last else None))
+                width = out
+
+        self.norm_out = GroupNorm(width)
+        self.conv_out = zeroed(nn.Conv2d(width, channels, 3, padding=1))
+
+    def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """The prediction for noisy images.
+
+        Args:
+            x_t: (N, C, H, W), floating.
+            t: (N,) times, of any dtype.
+            label: (N,) int64 in [0, num_classes], where num_classes means no label; None is no label for all.
+
+        Returns:
+            (N, C, H, W), in the dtype of x_t, or of autocast where that is on.
+
+        Raises:
+            ValueError: if labels are given to an unconditional network.
+        """
+        embedding = F.silu(self._embed(t, label))
+        h = self.conv_in(x_t)
+        skips = [h]
+        downsamples = iter(self.downsamples)
+        for index, stage in enumerate(self.down):
+            h = stage(h, embedding)
+            skips.append(h)
+            if (index + 1) % self.config.blocks_per_level == 0 and index + 1 < len(self.down):
+                h = next(downsamples)(h)
+                skips.append(h)
+        h = self.middle_2(self.middle_1(h, embedding), embedding)
+        for stage in self.up:
+            h = stage(torch.cat((h, skips.pop()), dim=1), embedding)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+    def _embed(self, t: Tensor, label: Tensor | None) -> Tensor:
+        embedding = self.time_embedding(t)
+        if self.class_embedding is None:
+            if label is not None:
+                raise ValueError("labels were given to an unconditional network")
+            return embedding
+        if label is None:
+            label = torch.full(t.shape, self.null_label, dtype=torch.int64, device=t.device)
+        return embedding + self.class_embedding(label)
+
+
+def build_network(config: UNetConfig, image_shape: tuple[int, int, int], num_classes: int) -> UNet:
+    """The network of a configuration for images of one shape.
+
+    Args:
+        image_shape: (height, width, channels).
+        num_classes: number of classes, 0 for an unconditional network.
+
+    Raises:
+        UserError: if the image size does not divide, or a size chosen for attention never occurs.
+    """
+    height, width, channels = image_shape
+    check_image_size(config, height, width)
+    if num_classes < 0:
+        raise UserError(f"num_classes: {num_classes} is not accepted: it must be 0 (unconditional) or more.")
+    return UNet(config, channels, num_classes, min(height, width))
