@@ -1,0 +1,167 @@
+"""A training run as a directory of the store: what it is, how far it is, and what came out of it.
+
+`<store>/runs/<run_id>/` holds `run.json` (what is trained on what), `attempts/` (who works on it, see `lease`),
+`checkpoints/`, `bundles/<images_seen>/`, `finished/<images_seen>.json` (one for each length that it was trained to),
+`previews/` and `progress.json`. The id is a digest of everything that changes numbers, so that starting the same
+training again continues it. Light: nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from diffusion_core import __version__
+from diffusion_core.config import Config, UserError, digest, execution, identity
+from diffusion_core.diffusion.config import ProcessConfig
+from diffusion_core.networks.config import UNetConfig, check_image_size
+from diffusion_core.storage import Directory
+from diffusion_core.training.config import TrainingConfig
+
+if TYPE_CHECKING:
+    from diffusion_core.data import ImageDataset
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+IMAGES, TIME_BUDGET, INTERRUPTED = "images", "time budget", "interrupted"
+
+
+class TrainSpec(Config):
+    """What is trained on what. Everything that a process of the run needs to know besides the store."""
+
+    dataset_uri: str = execution(description="URI of the dataset version; its version, not its place, enters the id.")
+    process: ProcessConfig = ProcessConfig()
+    network: UNetConfig = UNetConfig()
+    training: TrainingConfig = TrainingConfig()
+
+
+class TrainOutcome(Config):
+    """How a run ended."""
+
+    images_seen: int
+    loss: float = Field(description="Mean loss over the last logging interval.")
+    images_per_second: float = Field(description="Speed over the last logging interval.")
+    seconds: float = Field(description="Seconds of training, over all attempts.")
+    stopped: str = Field(description="What ended it: images, time budget, or interrupted.")
+    bundle_digest: str | None = Field(None, description="Digest of the exported bundle; none if interrupted.")
+    mlflow_run_id: str = Field("", description="MLflow run that recorded it; empty without MLflow.")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The places of one run. Holds URIs only, so that it can be sent to any process."""
+
+    directory: Directory
+
+    @property
+    def run_id(self) -> str:
+        return self.directory.name
+
+    @property
+    def attempts(self) -> Directory:
+        return self.directory / "attempts"
+
+    @property
+    def checkpoints(self) -> Directory:
+        return self.directory / "checkpoints"
+
+    def bundle(self, images_seen: int) -> Directory:
+        return self.directory / f"bundles/{images_seen}"
+
+    def finished(self, training: TrainingConfig) -> TrainOutcome | None:
+        """The outcome, if this run was already trained as long as `training` asks, and its bundle is there.
+
+        Long enough is: to the number of images (the least finished number that is not below it), or for the time
+        budget.
+        """
+        outcomes = [outcome for outcome in self._outcomes() if self.bundle(outcome.images_seen).exists("bundle.json")]
+        for outcome in outcomes:
+            if outcome.images_seen >= training.target_images:
+                return outcome
+        last = outcomes[-1] if outcomes else None
+        spent = last is not None and training.time_budget_s is not None and last.seconds >= training.time_budget_s
+        return last if spent else None
+
+    def record_finished(self, outcome: TrainOutcome) -> TrainOutcome:
+        """Commit an outcome; returns the one that is stored, which is an earlier one if there was one."""
+        key = f"finished/{outcome.images_seen}.json"
+        if self.directory.create(key, outcome.model_dump_json(indent=2).encode()):
+            return outcome
+        return TrainOutcome.model_validate_json(self.directory.read(key))
+
+    def _outcomes(self) -> list[TrainOutcome]:
+        keys = [entry.key for entry in self.directory.list("finished/")]
+        outcomes = [TrainOutcome.model_validate_json(self.directory.read(key)) for key in keys]
+        return sorted(outcomes, key=lambda outcome: outcome.images_seen)
+
+
+def open_run(store: Directory | str, spec: TrainSpec, init_uri: str | None = None) -> RunDirectory:
+    """The directory of the run that `spec` describes; made if it is new.
+
+    Args:
+        store: root of the store.
+        spec: what to train.
+        init_uri: the bundle that `training.init_from` was resolved to, if it is not a bundle URI itself.
+
+    Raises:
+        UserError: no dataset version, no training images, images that the network cannot halve, or a bundle to start
+            from that does not fit.
+    """
+    from diffusion_core.data import open_dataset
+
+    dataset = open_dataset(spec.dataset_uri)
+    if not dataset.num_rows("train"):
+        raise UserError(f"The dataset {dataset.uri} has no images in its split train.")
+    height, width, _ = dataset.image_shape
+    check_image_size(spec.network, height, width)
+    source = init_uri or spec.training.init_from
+    start = _starting_point(source, spec, dataset) if source else None
+    parts = {"dataset": dataset.version, "start": start, "spec": identity(spec)}
+    run_id = digest("run", SCHEMA_VERSION, parts)
+    root = store if isinstance(store, Directory) else Directory(store)
+    run = RunDirectory(root / f"runs/{run_id}")
+    run.directory.create_json("run.json", _description(run_id, spec, dataset, start, source))
+    return run
+
+
+def _starting_point(uri: str, spec: TrainSpec, dataset: ImageDataset) -> str:
+    """The digest of the bundle to start from, after a look at whether its weights fit."""
+    from diffusion_core.bundle import bundle_digest, read_bundle_config
+
+    if uri.startswith("models:/"):
+        raise UserError(
+            f"training.init_from: {uri} must be resolved by the train job; without it, give the URI of a bundle."
+        )
+    config = read_bundle_config(uri)
+    for name in UNetConfig.model_fields:
+        theirs, ours = getattr(config.network, name), getattr(spec.network, name)
+        if theirs != ours and name != "dropout":
+            raise UserError(f"training.init_from: that model has network.{name} = {theirs}, and this run has {ours}.")
+    if config.process.prediction != spec.process.prediction:
+        raise UserError(
+            f"training.init_from: that model predicts {config.process.prediction}, and this run would train it to "
+            f"predict {spec.process.prediction} (process.prediction)."
+        )
+    if config.image_shape[2] != dataset.image_shape[2]:
+        raise UserError(
+            f"training.init_from: that model makes images with {config.image_shape[2]} channels, and the dataset has "
+            f"{dataset.image_shape[2]}."
+        )
+    return bundle_digest(uri)
+
+
+def _description(
+    run_id: str, spec: TrainSpec, dataset: ImageDataset, start: str | None, source: str | None
+) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run_id": run_id,
+        "dataset": {"name": dataset.name, "version": dataset.version, "uri": dataset.uri},
+        "init_from": None if start is None else {"digest": start, "uri": source},
+        "spec": spec.model_dump(mode="json"),
+        "code_version": __version__,
+    }
