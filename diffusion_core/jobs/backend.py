@@ -1,0 +1,276 @@
+"""Where jobs run: as a subprocess of this machine, or through the Jobs API of a Ray cluster.
+
+Both write the request to `<store>/jobs/<job id>/request.json`, start the very same program on it, hand on each line
+that it prints, and read `result.json` at its end. Whatever ends the wait (Ctrl-C, SIGTERM, a cancelled flow) ends the
+job. Nothing here imports Ray before a job is submitted to a cluster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import queue
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from enum import StrEnum
+from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
+
+from pydantic import Field
+
+from diffusion_core.config import Config, UserError, execution
+from diffusion_core.jobs.protocol import ERROR, EXIT_USER_ERROR, RESULT
+from diffusion_core.jobs.requests import Request, Result
+from diffusion_core.progress import ProgressEvent, parse_progress
+from diffusion_core.storage import Directory
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+ResultT = TypeVar("ResultT", bound=Result)
+
+LOG = "log.txt"
+LOG_LINES_KEPT = 5_000
+GRACE_S = 25.0  # less than the 30 seconds after which Prefect kills a cancelled flow
+
+
+class BackendKind(StrEnum):
+    """Where the jobs of a flow run."""
+
+    local = "local"
+    """Subprocesses of this machine; they join the Ray cluster of RAY_ADDRESS, or start one of their own."""
+    jobs = "jobs"
+    """The Ray Jobs API at RAY_API_SERVER_ADDRESS, as http://head:8265."""
+
+
+class BackendConfig(Config):
+    """Where jobs run. Addresses come from the environment."""
+
+    kind: BackendKind = execution(
+        BackendKind.local,
+        description="local: a subprocess of this machine; jobs: the Ray Jobs API at RAY_API_SERVER_ADDRESS.",
+    )
+    retries: int = execution(
+        1, ge=0, le=10, description="Times that a job which broke is started again; it continues where it broke."
+    )
+    retry_delay_s: float = execution(5, ge=0, le=3600, description="Seconds to wait before a broken job starts again.")
+
+
+class JobFailed(Exception):
+    """A job ended neither well nor with a mistake of the user. The message holds the end of its log."""
+
+
+class Handle(Protocol):
+    """One started job."""
+
+    def lines(self) -> Iterator[str]:
+        """The job's output, until it ends."""
+
+    def stop(self, signum: int) -> None:
+        """End the job with all its processes, and wait until they are gone."""
+
+    def exit_status(self) -> int:
+        """0, 2 for a mistake of the user, anything else for a failure."""
+
+
+class JobLog(Config):
+    """Where a job's files are."""
+
+    job_id: str = Field(description="Stage, time and a random part.")
+    uri: str = Field(description="Directory with request.json, result.json or error.json, and log.txt.")
+
+
+def run_job(
+    stage: str,
+    request: Request,
+    result_type: type[ResultT],
+    backend: BackendConfig,
+    *,
+    on_progress: Callable[[ProgressEvent], None] | None = None,
+    on_line: Callable[[str], None] | None = None,
+    on_start: Callable[[JobLog], None] | None = None,
+) -> ResultT:
+    """Run one attempt of one job to its end. `on_line` gets every line that is not a progress line.
+
+    Raises:
+        UserError: the sentence that the job ended with.
+        JobFailed: the job broke; running it again continues its work.
+    """
+    request = request.model_copy(update={"store": Directory(request.store).uri})  # no relative path: jobs run elsewhere
+    job_id = f"{stage}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
+    place = Directory(request.store) / f"jobs/{job_id}"
+    job = JobLog(job_id=job_id, uri=place.uri)
+    place.write("request.json", request.model_dump_json(indent=2).encode())
+    if on_start:
+        on_start(job)
+    tail: deque[str] = deque(maxlen=LOG_LINES_KEPT)
+    handle = _start(stage, job, backend)
+    try:
+        for line in handle.lines():
+            event = parse_progress(line)
+            if event is None:
+                tail.append(line)
+            if event is not None and on_progress:
+                on_progress(event)
+            elif event is None and on_line:
+                on_line(line)
+        status = handle.exit_status()
+    except BaseException as reason:
+        handle.stop(signal.SIGINT if isinstance(reason, KeyboardInterrupt) else signal.SIGTERM)
+        raise
+    finally:
+        with suppress(UserError):  # the store may be what broke, and the log is only a convenience then
+            place.write(LOG, "\n".join([*tail, ""]).encode())
+    return _outcome(stage, place, status, tail, result_type)
+
+
+def _outcome(stage: str, place: Directory, status: int, tail: deque[str], result_type: type[ResultT]) -> ResultT:
+    if status == 0:
+        return result_type.model_validate_json(place.read(RESULT))
+    if status == EXIT_USER_ERROR:
+        with suppress(FileNotFoundError):
+            raise UserError(str(place.read_json(ERROR)["error"]))
+    how = f"was killed by signal {-status}" if status < 0 else f"broke with exit status {status}"
+    shown = "\n".join(list(tail)[-25:])
+    raise JobFailed(f"The {stage} job {how}; its log is {place.uri}/{LOG} and ends with:\n{shown}")
+
+
+def _start(stage: str, job: JobLog, backend: BackendConfig) -> Handle:
+    request_uri = f"{job.uri}/request.json"
+    if backend.kind is BackendKind.local:
+        return LocalJob([sys.executable, "-m", f"diffusion_core.jobs.{stage}", request_uri])
+    return ClusterJob(stage, request_uri, job.job_id)
+
+
+class LocalJob:
+    """A job as a subprocess, leader of its own session, so that a Ctrl-C of the terminal reaches it through us only."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+            preexec_fn=_die_with_parent if _LIBC else None,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def lines(self) -> Iterator[str]:
+        for line in self._output():
+            yield line.decode(errors="replace").rstrip("\r\n")
+
+    def exit_status(self) -> int:
+        return self._process.wait()
+
+    def stop(self, signum: int) -> None:
+        """Ask the job to end its workers in good order; after the grace, or at a second Ctrl-C, kill its group."""
+        try:
+            with suppress(ProcessLookupError):
+                self._process.send_signal(signum)
+            with suppress(subprocess.TimeoutExpired):
+                self._drain(GRACE_S)
+        finally:
+            self._kill_group()
+            self._process.wait()
+
+    def _drain(self, timeout_s: float) -> None:
+        """Wait for the end while reading on: a job that fills an unread pipe would never end."""
+        reader = threading.Thread(target=lambda: deque(self._output(), maxlen=0), daemon=True)
+        reader.start()
+        self._process.wait(timeout_s)
+
+    def _kill_group(self) -> None:
+        with suppress(ProcessLookupError, PermissionError):  # the leader's pid names the group while a member lives
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _output(self) -> IO[bytes]:
+        assert self._process.stdout is not None
+        return self._process.stdout
+
+
+class ClusterJob:
+    """A job of the Ray Jobs API. Each attempt has its own submission id, because ids cannot be used twice."""
+
+    def __init__(self, stage: str, request_uri: str, job_id: str) -> None:
+        self._id = job_id
+        self._client = _jobs_client()
+        self._client.submit_job(
+            entrypoint=f"python -m diffusion_core.jobs.{stage} '{request_uri}'",
+            submission_id=job_id,
+            runtime_env={"env_vars": {"PYTHONUNBUFFERED": "1"}},
+        )
+
+    def lines(self) -> Iterator[str]:
+        chunks: queue.Queue[str | BaseException | None] = queue.Queue()
+        threading.Thread(target=self._follow, args=(chunks,), daemon=True).start()
+        rest = ""
+        while (chunk := chunks.get()) is not None:
+            if isinstance(chunk, BaseException):
+                raise JobFailed(f"The log of {self._id} broke off: {chunk}") from chunk
+            *whole, rest = (rest + chunk).split("\n")
+            yield from whole
+        if rest:
+            yield rest
+
+    def _follow(self, chunks: queue.Queue[str | BaseException | None]) -> None:
+        async def follow() -> None:
+            async for chunk in self._client.tail_job_logs(self._id):
+                chunks.put(chunk)
+
+        try:
+            asyncio.run(follow())
+            chunks.put(None)
+        except Exception as error:  # handed to the thread that waits for the lines
+            chunks.put(error)
+
+    def exit_status(self) -> int:
+        while not (info := self._client.get_job_info(self._id)).status.is_terminal():
+            time.sleep(0.5)
+        if info.status == "SUCCEEDED":
+            return 0
+        return info.driver_exit_code if info.driver_exit_code is not None else 1
+
+    def stop(self, signum: int) -> None:
+        """Stop the job with its actors; Ray sends SIGTERM and, after its own grace, SIGKILL."""
+        self._client.stop_job(self._id)
+        deadline = time.monotonic() + GRACE_S
+        while time.monotonic() < deadline and not self._client.get_job_status(self._id).is_terminal():
+            time.sleep(0.5)
+
+
+def jobs_address() -> str | None:
+    """The Jobs API that the environment names, None if it names none."""
+    address = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS", "")
+    return address.rstrip("/") if address.startswith(("http://", "https://")) else None
+
+
+def _jobs_client() -> JobSubmissionClient:
+    address = jobs_address()
+    if address is None:
+        raise UserError("backend.kind is jobs, which needs RAY_API_SERVER_ADDRESS, as http://head-node:8265.")
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError) as error:
+        raise UserError(f"The Ray Jobs API at {address} (RAY_API_SERVER_ADDRESS) does not answer: {error}") from error
+
+
+def _die_with_parent() -> None:
+    """In the child, before exec: have the kernel send SIGTERM when the process that waits for the job is killed."""
+    _LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+_LIBC: Any = ctypes.CDLL(None) if sys.platform == "linux" else None

@@ -1,0 +1,62 @@
+"""What a flow leaves in the Prefect UI: tables of results, figures with their floor, the contact sheet."""
+
+from __future__ import annotations
+
+import base64
+from typing import TypeVar
+
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+
+from diffusion_core.jobs.requests import EvaluateResult, GenerateResult, RegisterResult, ShardResult, TrainResult
+from diffusion_core.storage import Directory
+from flows import results
+from flows.results import PipelineResult, Rows
+
+ResultT = TypeVar("ResultT")
+
+MAX_PICTURE_BYTES = 1_500_000  # a larger picture is linked to, not embedded: artifacts live in Prefect's database
+
+
+def of_dataset(result: ShardResult) -> ShardResult:
+    return _table(result, "dataset", "Dataset version", results.shard_rows(result))
+
+
+def of_run(result: TrainResult) -> TrainResult:
+    return _table(result, "run", "Training run", results.train_rows(result), f"{result.bundle_uri}/samples.png")
+
+
+def of_evaluation(result: EvaluateResult) -> EvaluateResult:
+    create_table_artifact(
+        results.figure_table(result), key="evaluation", description=f"Figures with their floor; report: {result.uri}"
+    )
+    return result
+
+
+def of_version(result: RegisterResult) -> RegisterResult:
+    return _table(result, "model-version", "Model version", results.register_rows(result))
+
+
+def of_images(result: GenerateResult) -> GenerateResult:
+    return _table(result, "image-set", "Image set", results.generate_rows(result), result.contact_sheet)
+
+
+def of_pipeline(result: PipelineResult) -> PipelineResult:
+    rows = results.pipeline_rows(result)
+    return _table(result, "pipeline", f"Pipeline {result.name}", rows, result.images.contact_sheet)
+
+
+def _table(result: ResultT, key: str, title: str, rows: Rows, picture: str | None = None) -> ResultT:
+    text = results.markdown(rows, title)
+    if picture:
+        text += f"\n\n{embedded(picture)}"
+    create_markdown_artifact(text, key=key, description=title)
+    return result
+
+
+def embedded(picture_uri: str) -> str:
+    """A PNG of the store as Markdown that needs nothing else to be shown; its address if it is too large for that."""
+    parent, _, name = picture_uri.rpartition("/")
+    data = Directory(parent).read(name)
+    if len(data) > MAX_PICTURE_BYTES:
+        return f"Picture: {picture_uri}"
+    return f"![{name}](data:image/png;base64,{base64.b64encode(data).decode()})"

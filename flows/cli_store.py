@@ -1,0 +1,172 @@
+"""The verbs that look at and look after what a store holds."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from flows import options as o
+
+DEFAULT_STORE = "store"
+
+Reference = Annotated[
+    str, typer.Argument(help="Set, model, bundle, run or dataset: its URI, its id, or models:/name@alias.")
+]
+ModelName = Annotated[str, typer.Argument(help="Name of the registered model.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Give the command its verbs."""
+    for verb in (promote, rollback, lineage, reproduce, verify, prune):
+        app.command()(verb)
+    app.command(name="list")(list_kind)
+
+
+def promote(
+    model: ModelName,
+    version: Annotated[int, typer.Argument(help="Version that becomes the champion.", min=1)],
+    store: o.Store = None,
+    as_json: o.Json = False,
+) -> None:
+    """Make a version the champion, whatever the gate said."""
+    from diffusion_core import tracking
+
+    tracking.promote(model, version, store or DEFAULT_STORE)
+    _say_champion(model, version, as_json)
+
+
+def rollback(model: ModelName, store: o.Store = None, as_json: o.Json = False) -> None:
+    """Give the alias champion back to the version that held it before."""
+    from diffusion_core import tracking
+
+    _say_champion(model, tracking.rollback(model, store or DEFAULT_STORE), as_json)
+
+
+def lineage(
+    reference: Reference,
+    image: Annotated[int | None, typer.Option("--image", help="Image id, of an image set.", min=0)] = None,
+    store: o.Store = None,
+    as_json: o.Json = False,
+) -> None:
+    """Say where something comes from: image, shard, set, model version, run, dataset version, source."""
+    from flows.lineage import lineage as trace
+
+    steps = trace(reference, store or DEFAULT_STORE, image)
+    if as_json:
+        print_json(steps)
+        return
+    for depth, step in enumerate(steps):
+        details = {name: value for name, value in step.items() if name not in ("what", "id") and value is not None}
+        typer.echo(f"{'' if depth == 0 else '└ from '}{step['what']} {step['id']}")
+        for name, value in details.items():
+            shown = value if isinstance(value, str) else json.dumps(value)
+            typer.echo(f"      {name.replace('_', ' ')}: {shown}")
+
+
+def reproduce(
+    reference: Reference,
+    image: Annotated[
+        list[int] | None, typer.Option("--image", help="Image id; may be given several times.", min=0)
+    ] = None,
+    store: o.Store = None,
+    as_json: o.Json = False,
+) -> None:
+    """Make images of a set again (default: its first one) and compare the pixels with what is recorded."""
+    from diffusion_core.generation.imageset import open_imageset
+    from flows import find
+    from flows import lineage as origins
+
+    place = store or DEFAULT_STORE
+    images = open_imageset(find.image_set(reference, place))
+    ids = image or [first for first, _ in images.ranges()[:1]]
+    rows = origins.reproduce(reference, place, ids)
+    if as_json:
+        print_json(rows)
+    for row in rows if not as_json else []:
+        typer.echo(
+            f"image {row['image_id']}: {'the same pixels' if row['same'] else 'OTHER PIXELS'}, sha256 {row['sha256']}"
+        )
+        if not row["same"]:
+            typer.echo(f"  recorded: {row['recorded']}, made on {row['recorded_on']}; this machine is {row['made_on']}")
+    if not all(row["same"] for row in rows):
+        raise typer.Exit(1)
+
+
+def verify(reference: Reference, store: o.Store = None, as_json: o.Json = False) -> None:
+    """Read a set, a dataset version or a bundle again and compare every digest with what is recorded."""
+    from flows.lineage import verify as check
+
+    what, problems = check(reference, store or DEFAULT_STORE)
+    if as_json:
+        print_json({"verified": what, "problems": problems})
+    else:
+        typer.echo("\n".join([what, *(problems or ["as recorded"])]))
+    if problems:
+        raise typer.Exit(1)
+
+
+def prune(
+    older_than: Annotated[str, typer.Option("--older-than", help="Age from which job files may go, as 24h.")] = "168h",
+    unused: Annotated[bool, typer.Option("--unused", help="Also runs and datasets that nothing came from.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would go.")] = False,
+    store: o.Store = None,
+    as_json: o.Json = False,
+) -> None:
+    """Say what the store could do without, and delete it with --yes."""
+    from dataclasses import asdict
+
+    from flows import prune as pruning
+    from flows.settings import seconds
+
+    found = pruning.candidates(store or DEFAULT_STORE, seconds(older_than, "--older-than"), unused)
+    for candidate in found if yes else []:
+        pruning.remove(candidate)
+    if as_json:
+        print_json({"deleted": yes, "candidates": [asdict(candidate) for candidate in found]})
+        return
+    for candidate in found:
+        typer.echo(f"{candidate.bytes / 1e6:10.1f} MB  {candidate.uri}  ({candidate.why})")
+    total = sum(candidate.bytes for candidate in found) / 1e6
+    typer.echo(f"{total:10.1f} MB  {'deleted' if yes else 'could go; add --yes to delete'}")
+
+
+def list_kind(
+    kind: Annotated[str, typer.Argument(help="models, datasets, imagesets or runs.")],
+    store: o.Store = None,
+    as_json: o.Json = False,
+) -> None:
+    """List what a store holds."""
+    from diffusion_core.config import UserError
+    from flows.listing import KINDS
+
+    if kind not in KINDS:
+        raise UserError(f"list {kind}: there is no such list; accepted are {', '.join(KINDS)}.")
+    from flows.preflight import check_readable
+
+    check_readable(store or DEFAULT_STORE)
+    rows = KINDS[kind](store or DEFAULT_STORE)
+    if as_json:
+        print_json(rows)
+    else:
+        typer.echo(_table(rows) or f"no {kind} in {store or DEFAULT_STORE}")
+
+
+def print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _say_champion(model: str, version: int, as_json: bool) -> None:
+    if as_json:
+        print_json({"model": model, "version": version, "alias": "champion"})
+    else:
+        typer.echo(f"models:/{model}@champion is now version {version}")
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)

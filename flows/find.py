@@ -1,0 +1,106 @@
+"""From what a person types to what is meant: a dataset by its name, a bundle by its run, a model by its alias."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffusion_core.bundle import RECORD, BundleConfig, read_bundle_config
+from diffusion_core.config import UserError
+from diffusion_core.jobs.requests import RegisterRequest
+from diffusion_core.storage import Directory
+from flows.config import PipelineConfig
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class FoundBundle:
+    """A bundle, with its configuration."""
+
+    uri: str
+    config: BundleConfig
+
+
+def dataset(reference: str, store: str, option: str) -> str:
+    """The URI of a dataset version: given as it is, as `name/version`, or as a name that has one version only."""
+    if _is_place(reference) or Directory(reference).exists(MANIFEST):
+        return Directory(reference).uri
+    datasets = Directory(store) / "datasets"
+    name, _, version = reference.strip("/").partition("/")
+    there = [child for child in (datasets / name).children() if (datasets / name / child).exists(MANIFEST)]
+    if version in there:
+        return (datasets / name / version).uri
+    if not version and len(there) == 1:
+        return (datasets / name / there[0]).uri
+    if not there:
+        names = ", ".join(datasets.children()) or "none"
+        raise UserError(f"{option} {reference}: the store {store} has no such dataset; its datasets are: {names}.")
+    versions = ", ".join(f"{name}/{child}" for child in there)
+    raise UserError(f"{option} {reference}: name one of its versions: {versions}.")
+
+
+def bundle(reference: str, store: str) -> FoundBundle:
+    """A bundle by its URI, by the id or URI of its run (the run's newest), or by a model reference."""
+    uri = bundle_uri(reference, store)
+    return FoundBundle(uri, read_bundle_config(uri))
+
+
+def bundle_uri(reference: str, store: str) -> str:
+    """The URI of the bundle that `reference` means; it may turn out not to be a bundle."""
+    if reference.startswith("models:"):
+        from diffusion_core.tracking import resolve_model
+
+        return resolve_model(reference, store).bundle_uri
+    place = Directory(reference)
+    if place.exists(RECORD):
+        return place.uri
+    run = place if _is_place(reference) else Directory(store) / f"runs/{reference.strip('/')}"
+    exported = [name for name in (run / "bundles").children() if (run / "bundles" / name).exists(RECORD)]
+    if exported:
+        return (run / "bundles" / max(exported, key=_number)).uri
+    if run.exists("run.json"):
+        raise UserError(f"The run {run.name} has no bundle yet; training exports one at its end.")
+    if _is_place(reference):
+        return place.uri
+    runs = ", ".join((Directory(store) / "runs").children()[:10]) or "none"
+    raise UserError(f"There is no bundle or run {reference}; the runs of the store {store} are: {runs}.")
+
+
+def model_reference(reference: str, store: str) -> str:
+    """A model reference as it is, anything else as the URI of its bundle."""
+    return reference if reference.startswith("models:") else bundle_uri(reference, store)
+
+
+def image_set(reference: str, store: str) -> str:
+    """The URI of an image set, given as it is or by its id."""
+    if _is_place(reference) or Directory(reference).exists("set.json"):
+        return Directory(reference).uri
+    return (Directory(store) / f"images/{reference.strip('/')}").uri
+
+
+def register_request(
+    config: PipelineConfig, found: FoundBundle, name: str | None, dataset_ref: str | None
+) -> RegisterRequest:
+    """The request that registers a bundle, under the name of its dataset unless another is given."""
+    if found.config.mlflow_run_id is None:
+        raise UserError(
+            f"The bundle {found.uri} names no MLflow run, so it was not made by a training job of this store."
+        )
+    return RegisterRequest(
+        store=config.store,
+        resources=config.resources.evaluate,
+        model=name or found.config.dataset.name,
+        bundle_uri=found.uri,
+        dataset_uri=dataset(dataset_ref or found.config.dataset.uri, config.store, "--dataset"),
+        evaluation=config.evaluation,
+        gate=config.gate,
+        mlflow_run_id=found.config.mlflow_run_id,
+    )
+
+
+def _is_place(reference: str) -> bool:
+    return "://" in reference or reference.startswith(("/", "./", "../", "~"))
+
+
+def _number(name: str) -> int:
+    return int(name) if name.isdecimal() else -1

@@ -1,0 +1,50 @@
+"""The options that several verbs of the command share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Preset = Annotated[
+    str | None, typer.Option("--preset", "-p", help="Start from a preset: digits, fashion-mnist, cifar10.")
+]
+ConfigFile = Annotated[str | None, typer.Option("--config", "-c", help="Start from a YAML file.", metavar="FILE")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", help="Override any field, as training.batch_size=256.", metavar="FIELD=VALUE"),
+]
+Store = Annotated[
+    str | None,
+    typer.Option("--store", envvar="DIFFUSION_STORE", help="Root of the store: a folder or s3://bucket/prefix."),
+]
+Name = Annotated[str | None, typer.Option("--name", help="Name of the dataset, the experiment and the model.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+Source = Annotated[
+    str | None, typer.Option("--source", help="Where the images are: folder, file or s3:// URI, or digits.")
+]
+ImageSize = Annotated[
+    str | None, typer.Option("--image-size", help="Size in pixels, as 32, or height and width, as 32x48.")
+]
+Dataset = Annotated[str | None, typer.Option("--dataset", help="Dataset version: name, name/version or URI.")]
+Images = Annotated[int | None, typer.Option("--images", help="Train until this many images were seen.")]
+TimeBudget = Annotated[str | None, typer.Option("--time-budget", help="Stop training after this time, as 20m or 1200.")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images of one optimizer step.")]
+InitFrom = Annotated[
+    str | None, typer.Option("--init-from", help="Bundle or models:/name@alias to start training from.")
+]
+Workers = Annotated[int | None, typer.Option("--workers", help="Workers of each stage.")]
+Samples = Annotated[int | None, typer.Option("--samples", help="Images that the evaluation generates.")]
+Count = Annotated[int | None, typer.Option("--count", help="Images to generate.")]
+FirstImageId = Annotated[
+    int | None, typer.Option("--first-image-id", help="First image id; default: the next free one.")
+]
+Labels = Annotated[
+    str | None, typer.Option("--labels", help="balanced, classes as 3,5 or cat,dog, or a file of labels.")
+]
+Steps = Annotated[int | None, typer.Option("--steps", help="Sampler steps of the generation.")]
+Guidance = Annotated[float | None, typer.Option("--guidance", help="Guidance scale of the generation; 1 is neutral.")]
+Format = Annotated[str | None, typer.Option("--format", help="parquet, webdataset or png.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the generation.")]
+Backend = Annotated[str | None, typer.Option("--backend", help="local, or jobs (the Ray Jobs API).")]

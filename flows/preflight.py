@@ -1,0 +1,303 @@
+"""What can be known to go wrong before anything starts: checked in seconds, without Ray, Prefect or torch.
+
+Each check raises a `UserError` that names the field, its value and what is accepted. A flow runs them first, the
+command runs them before it even starts Prefect.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from diffusion_core.config import UserError
+from diffusion_core.data.config import DatasetConfig, SourceConfig, SourceKind, SplitSource
+from diffusion_core.diffusion.config import ProcessConfig, SamplerConfig
+from diffusion_core.evaluation.config import EvaluationConfig
+from diffusion_core.generation.config import GenerationConfig
+from diffusion_core.jobs.backend import BackendConfig, BackendKind, jobs_address
+from diffusion_core.jobs.requests import EvaluateRequest, GenerateRequest, Resources, ShardRequest, TrainRequest
+from diffusion_core.networks.config import UNetConfig, check_image_size
+from diffusion_core.storage import Directory, check_reachable
+from flows.config import PipelineConfig
+
+CONNECT_TIMEOUT_S = 2.0
+DIGITS_SIZE = (8, 8)
+
+
+def check_pipeline(config: PipelineConfig) -> None:
+    """Everything that a whole pipeline needs."""
+    check_store(config.store)
+    check_services(config.store, config.backend)
+    for stage, resources in (
+        ("shard", config.resources.shard),
+        ("train", config.resources.train),
+        ("evaluate", config.resources.evaluate),
+        ("generate", config.resources.generate),
+    ):
+        check_resources(f"resources.{stage}", resources, config.backend)
+    check_source(config.source)
+    check_size(config.source, config.dataset, config.network)
+    check_held_out(config.source, config.dataset)
+    check_sampling("evaluation", config.evaluation.sampler, config.process)
+    check_sampling("generation", config.generation.sampler, config.process)
+    check_evaluation(config.evaluation)
+    check_labels(config.generation, known_classes(config.source))
+    check_init_from(config.training.init_from, config.network, config.store)
+
+
+def check_shard(request: ShardRequest, backend: BackendConfig) -> None:
+    check_store(request.store)
+    check_services(request.store, backend, mlflow=False)
+    check_resources("resources", request.resources, backend)
+    check_source(request.source)
+
+
+def check_train(request: TrainRequest, backend: BackendConfig) -> None:
+    from diffusion_core.data.shards import open_dataset
+
+    check_store(request.store)
+    check_services(request.store, backend)
+    check_resources("resources", request.resources, backend)
+    height, width, _ = open_dataset(request.dataset_uri).image_shape
+    check_image_size(request.network, height, width)
+    check_init_from(request.training.init_from, request.network, request.store)
+
+
+def check_evaluate(request: EvaluateRequest, backend: BackendConfig) -> None:
+    from diffusion_core.bundle import read_bundle_config
+    from diffusion_core.data.shards import open_dataset
+
+    check_store(request.store)
+    check_services(request.store, backend, mlflow=request.mlflow_run_id is not None)
+    check_resources("resources", request.resources, backend)
+    bundle, dataset = read_bundle_config(request.bundle_uri), open_dataset(request.dataset_uri)
+    if tuple(bundle.image_shape) != tuple(dataset.image_shape):
+        raise UserError(
+            f"The bundle makes images of {_shape(bundle.image_shape)}, but the dataset {request.dataset_uri} has "
+            f"images of {_shape(dataset.image_shape)}: evaluate it on a dataset of its own shape."
+        )
+    if not dataset.num_rows("test"):
+        raise UserError(f"The dataset {request.dataset_uri} has no test split, and the figures need held-out images.")
+    check_sampling("evaluation", request.evaluation.sampler, bundle.process)
+    check_evaluation(request.evaluation)
+
+
+def check_generate(request: GenerateRequest, backend: BackendConfig) -> None:
+    from diffusion_core.bundle import read_bundle_config
+
+    check_store(request.store)
+    check_services(request.store, backend, mlflow=request.model.startswith("models:"))
+    check_resources("resources", request.resources, backend)
+    bundle = read_bundle_config(bundle_of(request.model, request.store))
+    check_sampling("generation", request.generation.sampler, bundle.process)
+    check_labels(request.generation, bundle.class_names)
+
+
+def check_store(store: str) -> None:
+    """The store can be reached and written."""
+    place = Directory(store)
+    if place.is_local and Path(place.uri).exists() and not Path(place.uri).is_dir():
+        raise UserError(f"store: {store} is a file; give a folder, or s3://bucket/prefix.")
+    check_reachable(place.uri)
+
+
+def check_source(source: SourceConfig) -> None:
+    """There is something to read where the images should come from."""
+    if source.kind is SourceKind.DIGITS:
+        if importlib.util.find_spec("sklearn") is None:
+            raise UserError("source.kind: digits needs scikit-learn, which is not installed: pip install scikit-learn.")
+        return
+    uri = str(source.uri)
+    place = Directory(uri)
+    if not place.is_local:
+        check_reachable(uri, writable=False)
+        parent, _, name = uri.rstrip("/").rpartition("/")
+        if next(iter(place.list()), None) is None and not (parent.count("/") > 1 and Directory(parent).exists(name)):
+            raise UserError(f"source.uri: there is nothing at {uri}.")
+        return
+    path = Path(place.uri)
+    if not path.exists():
+        raise UserError(f"source.uri: {uri} does not exist; give a folder or file of images, or an s3:// URI.")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"source.uri: {uri} cannot be read: permission is denied.")
+    if path.is_dir() and not _has_files(path):
+        raise UserError(f"source.uri: the folder {uri} is empty; it must hold images (or Parquet, IDX or .npz files).")
+    if path.is_file() and path.stat().st_size == 0:
+        raise UserError(f"source.uri: the file {uri} is empty.")
+
+
+def check_size(source: SourceConfig, dataset: DatasetConfig, network: UNetConfig) -> None:
+    """The network can halve the images as often as it has levels."""
+    size = dataset.size
+    if source.kind is SourceKind.DIGITS:
+        size = size or DIGITS_SIZE
+        if max(size) > DIGITS_SIZE[0] and not dataset.allow_upscale:
+            raise UserError(
+                f"dataset.image_size: {dataset.image_size} is larger than the bundled digits, which are 8x8; "
+                "give at most 8, or set dataset.allow_upscale=true."
+            )
+    if size:
+        check_image_size(network, *size)
+
+
+def check_held_out(source: SourceConfig, dataset: DatasetConfig) -> None:
+    """The evaluation compares with held-out images, so there have to be some."""
+    no_split_of_its_own = source.kind is SourceKind.DIGITS or source.splits is SplitSource.NONE
+    if no_split_of_its_own and dataset.test_fraction == 0:
+        raise UserError("dataset.test_fraction: 0 leaves no held-out images for the evaluation; give 0.1, for example.")
+
+
+def check_sampling(section: str, sampler: SamplerConfig, process: ProcessConfig) -> None:
+    """A sampler visits timesteps of the process, so it cannot take more steps than there are."""
+    if sampler.steps > process.timesteps:
+        raise UserError(
+            f"{section}.sampler.steps: {sampler.steps} is more than the {process.timesteps} timesteps of the process."
+        )
+
+
+def check_evaluation(evaluation: EvaluationConfig) -> None:
+    """The weights file of a chosen extractor is there."""
+    if not evaluation.inception_weights:
+        return
+    parent, _, name = evaluation.inception_weights.rpartition("/")
+    if not Directory(parent or ".").exists(name):
+        raise UserError(f"evaluation.inception_weights: there is no file {evaluation.inception_weights}.")
+
+
+def known_classes(source: SourceConfig) -> Sequence[str] | None:
+    """The class names that a source will have, where they are known before it is read."""
+    if source.class_names is not None:
+        return source.class_names
+    return [str(digit) for digit in range(10)] if source.kind is SourceKind.DIGITS else None
+
+
+def check_labels(generation: GenerationConfig, class_names: Sequence[str] | None) -> None:
+    """The labels to generate are classes of the model."""
+    if class_names is not None:
+        from diffusion_core.generation.labels import resolve_labels
+
+        resolve_labels(generation, class_names)
+
+
+def check_init_from(init_from: str | None, network: UNetConfig, store: str) -> None:
+    """Training can only start from weights of the same network."""
+    if init_from is None:
+        return
+    from diffusion_core.bundle import read_bundle_config
+
+    theirs = read_bundle_config(bundle_of(init_from, store)).network
+    for field in UNetConfig.model_fields:
+        if getattr(theirs, field) != getattr(network, field):
+            raise UserError(
+                f"training.init_from: {init_from} has network.{field} = {getattr(theirs, field)!r}, but this "
+                f"configuration has {getattr(network, field)!r}: make them equal."
+            )
+
+
+def bundle_of(model: str, store: str) -> str:
+    """The URI of the bundle that a model reference names; a bundle's own URI is returned as it is."""
+    if not model.startswith("models:"):
+        return model
+    from diffusion_core import tracking
+
+    return tracking.resolve_model(model, store).bundle_uri
+
+
+def check_resources(field: str, resources: Resources, backend: BackendConfig) -> None:
+    """This machine alone can hold the workers, if it is alone; a cluster is asked by the job."""
+    if backend.kind is not BackendKind.local or os.environ.get("RAY_ADDRESS"):
+        return
+    gpus, cpus = _gpus(), os.cpu_count() or 1
+    if resources.gpus_per_worker * resources.workers > gpus:
+        raise UserError(
+            f"{field}.gpus_per_worker: {resources.gpus_per_worker:g} for each of {resources.workers} workers, but this "
+            f"machine has {gpus or 'no'} GPU{'s' if gpus > 1 else ''}; set it to 0, or set RAY_ADDRESS to a cluster."
+        )
+    if resources.cpus_per_worker * resources.workers > cpus:
+        raise UserError(
+            f"{field}.workers: {resources.workers} workers of {resources.cpus_per_worker:g} CPU cores, but this "
+            f"machine has {cpus}; ask for fewer, or set RAY_ADDRESS to a cluster."
+        )
+    if resources.accelerator_type and not gpus:
+        raise UserError(
+            f"{field}.accelerator_type: this machine has no {resources.accelerator_type}, nor any other GPU."
+        )
+
+
+def check_services(store: str, backend: BackendConfig, mlflow: bool = True) -> None:
+    """The services that the environment names answer."""
+    _check_address("RAY_ADDRESS", os.environ.get("RAY_ADDRESS"), default_port=6379)
+    if backend.kind is BackendKind.jobs:
+        if jobs_address() is None:
+            raise UserError(
+                "backend.kind: jobs needs the environment variable RAY_API_SERVER_ADDRESS, as http://head:8265."
+            )
+        if Directory(store).is_local:
+            _check_shared(store)
+        _check_address("RAY_API_SERVER_ADDRESS", jobs_address(), default_port=8265)
+    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if mlflow and tracking_uri.startswith(("http://", "https://")):
+        _check_address(
+            "MLFLOW_TRACKING_URI", tracking_uri, default_port=443 if tracking_uri.startswith("https") else 80
+        )
+
+
+def check_prefect() -> None:
+    """The Prefect server that the environment names answers."""
+    _check_address("PREFECT_API_URL", os.environ.get("PREFECT_API_URL"), default_port=443)
+
+
+def _check_shared(store: str) -> None:
+    if not os.path.isabs(store):
+        raise UserError(
+            f"store: {store} is a relative path, which means nothing on a cluster; give s3://bucket/prefix."
+        )
+
+
+def _check_address(variable: str, address: str | None, default_port: int) -> None:
+    if not address or address in ("auto", "local"):
+        return
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    try:
+        host, port = parts.hostname, parts.port or default_port
+    except ValueError:
+        host, port = None, 0
+    if not host:
+        raise UserError(f"{variable}: {address} is not an address; give host:port, or a URL.")
+    try:
+        socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise UserError(f"{variable}: nothing answers at {address} ({why[:1].lower() + why[1:]}).") from None
+
+
+def _gpus() -> int:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
+    with suppress(OSError):
+        return sum(bool(re.fullmatch(r"nvidia\d+", name)) for name in os.listdir("/dev"))
+    return 0
+
+
+def _has_files(folder: Path) -> bool:
+    return any(not name.startswith(".") for _, _, names in os.walk(folder) for name in names)
+
+
+def _shape(shape: Sequence[int]) -> str:
+    height, width, channels = shape
+    return f"{height}x{width} with {channels} channel{'s' if channels > 1 else ''}"
+
+
+def check_readable(store: str) -> None:
+    """The store is there to be looked at."""
+    place = Directory(store)
+    if place.is_local and not Path(place.uri).is_dir():
+        raise UserError(f"store: there is no folder {store}; give the root of a store, as --store ./store.")
+    check_reachable(place.uri, writable=False)

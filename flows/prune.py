@@ -1,0 +1,90 @@
+"""What a store could do without: the files of old jobs and, if asked for, what nothing refers to any more."""
+
+from __future__ import annotations
+
+import re
+import time
+from calendar import timegm
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+from diffusion_core.bundle import RECORD, read_bundle_config
+from diffusion_core.config import UserError
+from diffusion_core.storage import Directory
+from flows import listing
+from flows.find import MANIFEST
+
+_JOB_TIME = re.compile(r"-(\d{8}-\d{6})-[0-9a-f]+$")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A directory that could go."""
+
+    uri: str
+    why: str
+    bytes: int
+
+
+def candidates(store: str, older_than_s: float, unused: bool) -> list[Candidate]:
+    """What could go. Nothing that a registered model, an image set or a bundle names is ever among it.
+
+    Args:
+        older_than_s: age from which the files of a job (request, result, log) may go.
+        unused: also runs that no registered model and no image set came from, and dataset versions without a run.
+    """
+    found = list(_old_jobs(store, older_than_s))
+    if unused:
+        runs = list(_unused_runs(store))
+        found += runs
+        found += _unused_datasets(store, kept_out={candidate.uri for candidate in runs})
+    return found
+
+
+def remove(candidate: Candidate) -> None:
+    Directory(candidate.uri).delete_tree()
+
+
+def _old_jobs(store: str, older_than_s: float) -> Iterator[Candidate]:
+    jobs = Directory(store) / "jobs"
+    for name in jobs.children():
+        match = _JOB_TIME.search(name)
+        age = time.time() - timegm(time.strptime(match[1], "%Y%m%d-%H%M%S")) if match else 0
+        ended = any((jobs / name).exists(key) for key in ("result.json", "error.json", "log.txt"))
+        if match and ended and age > older_than_s:
+            yield _candidate(jobs / name, f"files of a job that ended, {age / 86400:.0f} days old")
+
+
+def _unused_runs(store: str) -> Iterator[Candidate]:
+    used = {row["run"] for row in listing.models(store)} | {row["run"] for row in listing.imagesets(store)}
+    root = Directory(store) / "runs"
+    for row in listing.runs(store):
+        if row["run"] not in used and row["bundle"]:  # without a bundle it is still in training, or waits to continue
+            yield _candidate(root / row["run"], "finished run: no registered model and no image set came from it")
+
+
+def _unused_datasets(store: str, kept_out: set[str]) -> Iterator[Candidate]:
+    used: set[str] = set()
+    for row in listing.runs(store):
+        if row["uri"] in kept_out:
+            continue
+        if not row["bundle"]:
+            return  # a run without a bundle does not tell which dataset it reads: nothing is certain to be unused
+        used.add(_dataset_of(Directory(row["uri"]) / f"bundles/{row['bundle']}"))
+    for images in listing.imagesets(store):
+        with suppress(FileNotFoundError):
+            used.add(str(Directory(images["uri"]).read_json("set.json")["dataset"]["uri"]))
+    for row in listing.datasets(store):
+        if row["uri"] not in used and Directory(row["uri"]).exists(MANIFEST):
+            yield _candidate(Directory(row["uri"]), "dataset version: no run and no image set came from it")
+
+
+def _dataset_of(bundle: Directory) -> str:
+    if not bundle.exists(RECORD):
+        raise UserError(f"{bundle.uri} is not a bundle, so prune cannot tell which dataset it came from.")
+    return Directory(read_bundle_config(bundle).dataset.uri).uri
+
+
+def _candidate(place: Directory, why: str) -> Candidate:
+    return Candidate(place.uri, why, sum(entry.size for entry in place.list()))

@@ -1,0 +1,175 @@
+"""What a pipeline answers, and how results are told: as rows of a table, for terminals and for Prefect alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusion_core.config import Config
+from diffusion_core.jobs.requests import (
+    EvaluateResult,
+    GenerateResult,
+    RegisterResult,
+    Result,
+    ShardResult,
+    TrainResult,
+)
+
+Rows = list[tuple[str, str]]
+
+
+class PipelineResult(Config):
+    """The results of all stages."""
+
+    name: str
+    store: str
+    dataset: ShardResult
+    run: TrainResult
+    evaluation: EvaluateResult
+    version: RegisterResult
+    images: GenerateResult
+
+    @property
+    def stages(self) -> dict[str, Result]:
+        """Result by stage, in order."""
+        return {
+            "shard": self.dataset,
+            "train": self.run,
+            "evaluate": self.evaluation,
+            "register": self.version,
+            "generate": self.images,
+        }
+
+
+def pipeline_rows(result: PipelineResult) -> Rows:
+    """The table at the end of a pipeline."""
+    dataset, run, version, images = result.dataset, result.run, result.version, result.images
+    return [
+        ("dataset version", f"{dataset.uri}  {_splits(dataset)}, {dataset.rejected} rejected"),
+        ("run", f"{run.run_id}  {run.images_seen:,} images seen"),
+        ("loss", f"{run.loss:.5f}"),
+        *[("evaluation" if number == 0 else "", text) for number, text in enumerate(figure_lines(result.evaluation))],
+        (
+            "model version",
+            f"models:/{version.model}/{version.version}  {'champion' if version.promoted else 'candidate'}",
+        ),
+        ("", version.reason),
+        ("image set", f"{images.uri}  {images.images:,} images, {images.generated:,} new"),
+        ("contact sheet", images.contact_sheet),
+        ("seconds", ", ".join(f"{name} {_seconds(stage)}" for name, stage in result.stages.items())),
+    ]
+
+
+def next_commands(result: PipelineResult, settings: str) -> list[str]:
+    """The three commands worth typing after a pipeline. `settings`: the options that chose the configuration."""
+    store = f"--store {result.store}"
+    model = f"models:/{result.name}/{result.version.version}"
+    return [
+        f"diffusion lineage {result.images.uri} {store}",
+        f"diffusion generate {settings} {store} --model {model} --count 10000",
+        f"diffusion train {settings} {store} --images {2 * result.run.images_seen} --time-budget 20m",
+    ]
+
+
+def shard_rows(result: ShardResult) -> Rows:
+    return [
+        ("dataset version", result.version),
+        ("place", result.uri),
+        ("rows", _splits(result)),
+        ("rejected", f"{result.rejected} (rejected.parquet says why)" if result.rejected else "none"),
+        ("shards", str(result.shards)),
+        ("seconds", _seconds(result)),
+    ]
+
+
+def train_rows(result: TrainResult) -> Rows:
+    return [
+        ("run", result.run_id),
+        ("place", result.run_uri),
+        ("bundle", result.bundle_uri),
+        ("images seen", f"{result.images_seen:,}"),
+        ("loss", f"{result.loss:.5f}"),
+        ("images per second", f"{result.images_per_second:,.0f}"),
+        ("MLflow run", result.mlflow_run_id),
+        ("seconds", _seconds(result)),
+    ]
+
+
+def evaluate_rows(result: EvaluateResult) -> Rows:
+    lines = figure_lines(result)
+    return [
+        ("evaluation", lines[0]),
+        *[("", line) for line in lines[1:]],
+        ("report", result.uri),
+        ("seconds", _seconds(result)),
+    ]
+
+
+def register_rows(result: RegisterResult) -> Rows:
+    return [
+        ("model version", f"models:/{result.model}/{result.version}"),
+        ("alias", "champion" if result.promoted else "candidate"),
+        ("gate", result.reason),
+        ("seconds", _seconds(result)),
+    ]
+
+
+def generate_rows(result: GenerateResult) -> Rows:
+    last = result.first_image_id + result.images - 1
+    return [
+        ("image set", result.set_id),
+        ("place", result.uri),
+        ("model version", result.model_version),
+        (
+            "image ids",
+            f"{result.first_image_id:,} to {last:,}: {result.images:,} images, {result.generated:,} of them new",
+        ),
+        ("in the set", f"{result.total_images:,} images"),
+        ("images per second", f"{result.images_per_second:,.1f}"),
+        ("contact sheet", result.contact_sheet),
+        ("seconds", _seconds(result)),
+    ]
+
+
+def figure_lines(result: EvaluateResult) -> list[str]:
+    """`frechet 12.3 (held-out real images: 4.5)`, one a figure."""
+    return [
+        f"{name} {value:.4g}" + (f" (held-out real images: {result.floor[name]:.4g})" if name in result.floor else "")
+        for name, value in result.figures.items()
+    ] or ["no figures"]
+
+
+def figure_table(result: EvaluateResult) -> list[dict[str, Any]]:
+    """The figures with their floor, as rows of a Prefect table."""
+    return [
+        {"figure": name, "generated": value, "held-out real images (floor)": result.floor.get(name)}
+        for name, value in result.figures.items()
+    ]
+
+
+def aligned(rows: Rows) -> str:
+    """Rows as text in two columns."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
+
+
+def markdown(rows: Rows, title: str) -> str:
+    """Rows as a Markdown table."""
+    lines = [f"| {name} | {_cell(value)} |" for name, value in rows]
+    return "\n".join([f"## {title}", "", "| | |", "|---|---|", *lines])
+
+
+def as_json(result: Config) -> Mapping[str, Any]:
+    return result.model_dump(mode="json")
+
+
+def _cell(value: str) -> str:
+    return value.replace("|", "\\|").replace("\n", " ")
+
+
+def _splits(result: ShardResult) -> str:
+    return ", ".join(f"{rows:,} {split}" for split, rows in result.splits.items())
+
+
+def _seconds(result: Result) -> str:
+    return f"{result.seconds:.0f}" + (" (found done)" if result.reused else "")

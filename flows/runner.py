@@ -1,0 +1,65 @@
+"""Runs a flow from the command: with the Prefect server that is there, or with a temporary one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any, NoReturn
+
+from diffusion_core.jobs import requests as r
+from diffusion_core.jobs.backend import BackendConfig, run_job
+from diffusion_core.progress import ProgressEvent
+from flows import preflight, stack
+from flows.display import shown
+
+PREFECT_DEFAULTS = {
+    "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the terminal shows progress; Prefect keeps its whole log
+    "PREFECT_CLI_PROMPT": "false",
+}
+
+
+def run_flow(name: str, store: str, *arguments: Any) -> Any:
+    """Run the flow `name` of `flows.pipeline` in this process and return its result; raises what its stages raise."""
+    prepare_prefect(store)
+    signal.signal(signal.SIGTERM, _leave)
+    with shown() as display:
+        display.say(
+            "Starting Prefect …" if os.environ.get("PREFECT_API_URL") else "Starting a temporary Prefect server …"
+        )
+        from flows import pipeline
+
+        return getattr(pipeline, name)(*arguments)
+
+
+def run_alone(stage: str, request: r.Request, backend: BackendConfig) -> Any:
+    """Run the job of one stage without Prefect, for verbs that are no flow of their own."""
+    result_type = {"register": r.RegisterResult}[stage]
+    preflight.check_store(request.store)
+    preflight.check_services(request.store, backend)
+    preflight.check_resources("resources", request.resources, backend)
+    signal.signal(signal.SIGTERM, _leave)
+    with shown() as display:
+
+        def follow(event: ProgressEvent) -> None:
+            display.progress(event)
+
+        return run_job(stage, request, result_type, backend, on_progress=follow)
+
+
+def prepare_prefect(store: str) -> None:
+    """Settings that have to stand in the environment before Prefect is imported; those of the user win."""
+    if "PREFECT_API_URL" not in os.environ and (url := stack.prefect_api_url(store)):
+        os.environ["PREFECT_API_URL"] = url
+    for name, value in PREFECT_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    preflight.check_prefect()
+
+
+def _leave(signum: int, _frame: FrameType | None) -> NoReturn:
+    """End in good order, so that the job and a temporary server are ended too."""
+    sys.exit(128 + signum)
