@@ -1,6 +1,6 @@
 # Everything runs from .venv, made by the first target that needs it. PYTHON=… chooses another interpreter (3.11 or 3.12).
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
-	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
+	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 # An installation is remembered by the content of what was asked for, so that a repeated target costs nothing.
 ASKED := $(shell cat pyproject.toml infra/constraints.txt | cksum | cut -d' ' -f1)

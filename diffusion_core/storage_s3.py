@@ -48,6 +48,7 @@ _TRANSIENT_CODES = {
     "ThrottlingException", "TooManyRequestsException", "ConditionalRequestConflict", "RequestTimeTooSkewed",
 }  # fmt: skip
 _ABSENT_CODES = {"404", "NoSuchKey", "NotFound"}
+_TAKEN_CODES = {"412", "PreconditionFailed"}
 _SENTENCES = {
     "NoSuchBucket": "there is no such bucket",
     "AccessDenied": "access is denied for these credentials",
@@ -260,9 +261,7 @@ def check_reachable_s3(uri: str, writable: bool) -> None:
             client = _new_client(connect_timeout=2, read_timeout=2)
             client.list_objects_v2(Bucket=place.bucket, MaxKeys=1)
             if writable:
-                probe = place._object(f".reachable-{uuid.uuid4().hex}")
-                client.put_object(**probe, Body=b"")
-                client.delete_object(**probe)
+                _check_writes(client, uri, place._object(f".reachable-{uuid.uuid4().hex}"))
             outcome.append(None)
         except BaseException as error:
             outcome.append(error)
@@ -281,6 +280,21 @@ def check_reachable_s3(uri: str, writable: bool) -> None:
         raise error
 
 
+def _check_writes(client: Any, uri: str, probe: dict[str, str]) -> None:
+    """Write an object, and make sure that the service refuses to create it again: all commits rest on that."""
+    client.put_object(**probe, Body=b"")
+    try:
+        client.put_object(**probe, Body=b"", IfNoneMatch="*")
+    except ClientError as error:
+        if _code(error) in _TAKEN_CODES:
+            return
+        if _code(error) != "NotImplemented":
+            raise
+    finally:
+        client.delete_object(**probe)
+    raise UserError(f"The store {uri} cannot be used: {_endpoint()} has no conditional writes (If-None-Match).")
+
+
 def _translate(uri: str, error: Exception) -> NoReturn:
     if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
         raise UserError(
@@ -291,7 +305,7 @@ def _translate(uri: str, error: Exception) -> NoReturn:
         code = _code(error)
         if code in _ABSENT_CODES or code == "NoSuchUpload":
             raise _Absent from error
-        if code in ("PreconditionFailed", "412"):
+        if code in _TAKEN_CODES:
             raise _Taken from error
         message = error.response.get("Error", {}).get("Message")
         reason = _SENTENCES.get(code) or f"{_endpoint()} answered {code}: {message}"

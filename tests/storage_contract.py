@@ -42,7 +42,7 @@ class StorageContract:
             with ThreadPoolExecutor(8) as pool:
                 key = f"race-{race}/claim.json"
                 won = list(pool.map(lambda content: place.create(key, content), contents))  # noqa: B023
-            assert sum(won) == 1
+            assert sum(won) == 1, won
             assert place.read(f"race-{race}/claim.json") == contents[won.index(True)]
 
     def test_create_file_stores_the_content_of_a_local_file(self, place: Directory, tmp_path: Path) -> None:
@@ -77,8 +77,7 @@ class StorageContract:
         assert place.children() == []
 
     def test_listing_is_complete_and_sorted_by_key(self, place: Directory) -> None:
-        keys = ["a.txt", "a/b", "a/b.c", "a/b/c/d", "a-b", "ab", "Z", "ä/ö.png", "with space/+%&=?#.txt", "a0/x"]
-        keys = [key for key in keys if key != "a/b"]  # a name is a file or a directory, not both
+        keys = ["a.txt", "a/b.c", "a/b/c/d", "a-b", "ab", "Z", "ä/ö.png", "with space/+%&=?#.txt", "a0/x"]
         for key in keys:
             place.write(key, key.encode())
         entries = list(place.list())
@@ -91,7 +90,8 @@ class StorageContract:
     def test_a_listing_can_be_narrowed_by_any_prefix(self, place: Directory) -> None:
         for key in ("shards/part-00000.json", "shards/part-00001.json", "shards/other.json", "shards-old/part"):
             place.write(key, b"1")
-        assert [entry.key for entry in place.list("shards/part-")] == ["shards/part-00000.json", "shards/part-00001.json"]
+        parts = [entry.key for entry in place.list("shards/part-")]
+        assert parts == ["shards/part-00000.json", "shards/part-00001.json"]
         assert len(list(place.list("shards"))) == 4
         assert list(place.list("nothing/")) == []
 

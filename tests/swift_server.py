@@ -20,16 +20,19 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+ROOT = Path(__file__).parent.parent
 ACCESS_KEY, SECRET_KEY = "diffusion:tester", "testing-secret"
 START_SECONDS, STOP_SECONDS = 60, 10
 FILTERS = (
-    "catch_errors", "gatekeeper", "healthcheck", "cache", "listing_formats", "s3api", "tempauth", "copy", "slo", "dlo",
-    "versioned_writes", "symlink",
+    "catch_errors", "gatekeeper", "atomic", "healthcheck", "cache", "listing_formats", "s3api", "tempauth", "copy",
+    "slo", "dlo", "versioned_writes", "symlink",
 )  # fmt: skip
-OPTIONS = {
-    "tempauth": f"user_{ACCESS_KEY.replace(':', '_')} = {SECRET_KEY} .admin\n",
-    "s3api": "location = us-east-1\n",
-    "cache": "memcache_servers = 127.0.0.1:1\nerror_suppression_limit = 1000000000\n",
+FACTORIES = {
+    "atomic": "paste.filter_factory = tests.swift_atomic:filter_factory",
+    "tempauth": f"use = egg:swift#tempauth\nuser_{ACCESS_KEY.replace(':', '_')} = {SECRET_KEY} .admin",
+    "s3api": "use = egg:swift#s3api\nlocation = us-east-1",
+    # Port 1: whatever memcached the machine may have is none of ours, and Swift does without.
+    "cache": "use = egg:swift#memcache\nmemcache_servers = 127.0.0.1:1",
 }
 
 SERVER = """\
@@ -42,7 +45,7 @@ swift_dir = {folder}
 devices = {folder}/devices
 mount_check = false
 disable_fallocate = true
-log_level = WARNING
+log_level = ERROR
 
 [pipeline:main]
 pipeline = {kind}-server
@@ -59,7 +62,7 @@ bind_port = {port}
 workers = 0
 user = {user}
 swift_dir = {folder}
-log_level = WARNING
+log_level = ERROR
 
 [pipeline:main]
 pipeline = {pipeline}
@@ -126,7 +129,7 @@ def swift_server(folder: Path) -> Iterator[SwiftServer]:
         _make_ring(folder, kind, ports[kind])
         (folder / f"{kind}.conf").write_text(SERVER.format(port=ports[kind], user=user, folder=folder, kind=kind))
     proxy = PROXY.format(port=ports["proxy"], user=user, folder=folder, pipeline=" ".join((*FILTERS, "proxy-server")))
-    filters = [f"\n[filter:{name}]\nuse = egg:swift#{_entry(name)}\n{OPTIONS.get(name, '')}" for name in FILTERS]
+    filters = [f"\n[filter:{name}]\n{FACTORIES.get(name, f'use = egg:swift#{name}')}\n" for name in FILTERS]
     (folder / "proxy.conf").write_text(proxy + "".join(filters))
     server = SwiftServer(f"http://127.0.0.1:{ports['proxy']}", [])
     try:
@@ -146,10 +149,6 @@ def swift_server(folder: Path) -> Iterator[SwiftServer]:
                 process.wait()
 
 
-def _entry(name: str) -> str:
-    return "memcache" if name == "cache" else name
-
-
 def _program(name: str) -> list[str]:
     return [sys.executable, str(Path(sys.executable).with_name(name))]
 
@@ -164,14 +163,13 @@ def _make_ring(folder: Path, kind: str, port: int) -> None:
 
 
 def _start(folder: Path, kind: str) -> subprocess.Popen[bytes]:
-    # The server daemonises its output to syslog unless it is told to be verbose.
     with open(folder / f"{kind}.log", "wb") as log:
         return subprocess.Popen(
             [*_program(f"swift-{kind}-server"), str(folder / f"{kind}.conf"), "-v"],
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env={**os.environ, "SWIFT_DIR": str(folder), "PYTHONWARNINGS": "ignore"},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
             start_new_session=True,
         )
 

@@ -1,0 +1,151 @@
+"""Fixtures that every part of the suite shares, and a clean environment for all of it.
+
+Nothing of the machine's own set-up (profiles, credentials, trackers, caches) reaches a test, and no test reaches the
+network: everything listens on 127.0.0.1, on free ports, and is stopped by its own handle.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from diffusion_core.storage import Directory
+from tests.swift_server import SwiftServer, swift_server
+
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
+
+ROOT = Path(__file__).parent.parent
+SHARED_DATA = Path(os.environ.get("DIFFUSION_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+# Ray's sockets live below this folder, and a socket's path may have 107 characters: hence short and not pytest's own.
+HOME = Path(tempfile.mkdtemp(prefix="dt-", dir="/tmp"))
+
+SETTINGS = {
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "PREFECT_HOME": str(HOME / "prefect"),
+    "PREFECT_PROFILES_PATH": str(HOME / "prefect" / "profiles.toml"),
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "DO_NOT_TRACK": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "MLFLOW_SKIP_PIP_REQUIREMENTS_CHECK": "true",
+    "RAY_TMPDIR": str(HOME / "ray"),
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Elsewhere than on Linux this is Ray's default: no node takes the address of a network interface, only 127.0.0.1.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HOME": str(HOME / "huggingface"),
+    "TORCH_HOME": str(HOME / "torch"),
+    "MPLCONFIGDIR": str(HOME / "matplotlib"),
+    "MPLBACKEND": "agg",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+}
+FOREIGN = ("AWS_", "PREFECT_", "MLFLOW_", "RAY_", "S3_", "DIFFUSION_")
+
+
+def _clean_environment() -> None:
+    for name in list(os.environ):
+        if name.startswith(FOREIGN):
+            del os.environ[name]
+    os.environ.update(SETTINGS)
+    (HOME / "ray").mkdir()
+
+
+_clean_environment()  # at import, before any library reads its settings
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _remove_home() -> Iterator[None]:
+    yield
+    shutil.rmtree(HOME, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _only_the_asked_for_services(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service that another test started is not found by a test that did not ask for it."""
+    if "ray_cluster" not in request.fixturenames:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> str:
+    """URI of a fresh store in a local folder, which does not exist yet."""
+    return Directory(tmp_path / "store").uri
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SwiftServer]:
+    """A real S3 service. Its `environment` points clients to it; most tests want `s3_store` instead."""
+    with swift_server(tmp_path_factory.mktemp("swift") / "server") as server:
+        yield server
+
+
+@pytest.fixture
+def s3_store(s3_server: SwiftServer, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URI of a fresh prefix in a fresh bucket. The environment of this process and of its children leads there."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    bucket = f"test-{uuid.uuid4().hex[:12]}"
+    s3_server.make_bucket(bucket)
+    return f"s3://{bucket}/store"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_server: SwiftServer) -> Iterator[Cluster]:
+    """A Ray cluster of one node with 2 CPUs, which jobs join because RAY_ADDRESS names it.
+
+    Its workers can reach the S3 service: they inherit the environment that their node was started in.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_server.environment.items():
+            patch.setenv(name, value)
+        cluster = start_ray([{"num_cpus": 2}])
+    os.environ["RAY_ADDRESS"] = cluster.address
+    try:
+        yield cluster
+    finally:
+        os.environ.pop("RAY_ADDRESS", None)
+        cluster.shutdown()
+
+
+def start_ray(nodes: list[dict[str, object]]) -> Cluster:
+    """Start a Ray cluster of some nodes on this machine, without connecting this process to it.
+
+    Each node is given as the options of Ray's `Cluster.add_node`, as `{"num_cpus": 2}`. The caller ends it by its own
+    handle, `.shutdown()`.
+    """
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster()
+    for node in nodes:
+        options = {"node_ip_address": "127.0.0.1", "include_dashboard": False, **node}
+        cluster.add_node(**options)
+    return cluster
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets (Fashion-MNIST, CIFAR-10, …); the test is skipped where there is none."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no data sets in {SHARED_DATA} (DIFFUSION_TEST_DATA names another folder)")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def python() -> str:
+    """The interpreter that runs the tests, for subprocesses."""
+    return sys.executable
