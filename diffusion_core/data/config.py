@@ -110,7 +110,7 @@ class DatasetConfig(Config):
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the row order and of the held-out choice.")
     max_pixels: int = Field(
-        64_000_000, ge=1, le=1_000_000_000, description="Larger images are rejected before they are decoded."
+        64_000_000, ge=1, le=178_000_000, description="Larger images are rejected before they are decoded."
     )
     max_file_mb: int = Field(256, ge=1, le=2048, description="Larger image files are rejected unread.")
     max_rejected_fraction: float = execution(

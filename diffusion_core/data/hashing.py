@@ -1,0 +1,94 @@
+"""SHA-256 of every file of a source, remembered by size and stamp, so that an unchanged source is not read again."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from diffusion_core.config import digest
+from diffusion_core.data.config import DatasetConfig
+from diffusion_core.data.sources import Source
+from diffusion_core.data.sources.listing import SourceFile
+from diffusion_core.storage import Directory
+
+CACHE = "source-hashes.parquet"
+_SCHEMA = pa.schema(
+    {"uri": pa.string(), "key": pa.string(), "size": pa.int64(), "stamp": pa.string(), "sha256": pa.string()}
+)
+_THREADS = 8
+
+log = logging.getLogger(__name__)
+
+Hashed = tuple[str, str, str]  # key, SHA-256 or "", problem or ""
+
+
+class HashCache:
+    """Digests of a source's files, in `<store>/datasets/<name>/source-hashes.parquet`. Losing it costs time only."""
+
+    def __init__(self, directory: Directory, uri: str) -> None:
+        self._directory, self._uri = directory, uri
+        rows = self._table().filter(pc.field("uri") == uri)
+        columns = [rows[name].to_pylist() for name in ("key", "size", "stamp", "sha256")]
+        self._known = {(key, size, stamp): sha256 for key, size, stamp, sha256 in zip(*columns, strict=True)}
+
+    def get(self, file: SourceFile) -> str | None:
+        return self._known.get((file.key, file.size, file.stamp))
+
+    def put(self, file: SourceFile, sha256: str) -> None:
+        self._known[file.key, file.size, file.stamp] = sha256
+
+    def save(self) -> None:
+        """Write what is known of this source in place of what was written of it; other sources stay."""
+        others = self._table().filter(pc.field("uri") != self._uri)
+        rows = [
+            {"uri": self._uri, "key": key, "size": size, "stamp": stamp, "sha256": sha256}
+            for (key, size, stamp), sha256 in sorted(self._known.items())
+        ]
+        mine = pa.Table.from_pylist(rows, _SCHEMA)
+        sink = io.BytesIO()
+        pq.write_table(pa.concat_tables([others, mine]), sink, compression="zstd")
+        self._directory.write(CACHE, sink.getvalue())
+
+    def _table(self) -> pa.Table:
+        try:
+            return pq.read_table(pa.BufferReader(self._directory.read(CACHE)), schema=_SCHEMA)
+        except FileNotFoundError:
+            pass
+        except (pa.ArrowException, OSError) as error:
+            log.warning("%s/%s is damaged (%s): the source is hashed again.", self._directory.uri, CACHE, error)
+        return _SCHEMA.empty_table()
+
+
+def hash_files(source: Source, files: Sequence[SourceFile]) -> Iterator[Hashed]:
+    """Hash files in threads (SHA-256 and reading both let other threads run); one that cannot be read says why."""
+
+    def one(file: SourceFile) -> Hashed:
+        try:
+            return file.key, source.hash(file), ""
+        except OSError as error:
+            if not source.place.is_local and not isinstance(error, FileNotFoundError):
+                raise  # the network is no property of the file
+            return file.key, "", f"unreadable: {error.strerror or 'gone since it was listed'}"
+
+    with ThreadPoolExecutor(_THREADS) as threads:
+        yield from threads.map(one, files)
+
+
+def dataset_version(source: Source, digests: dict[str, str], config: DatasetConfig) -> str:
+    """The version that this source and this configuration make: a digest of keys, contents and identity fields."""
+    hasher = hashlib.sha256()
+    for line in _lines(source.files, digests):
+        hasher.update(line)
+    return digest([source.kind.value, source.config, config, hasher.hexdigest()])
+
+
+def _lines(files: Iterable[SourceFile], digests: dict[str, str]) -> Iterator[bytes]:
+    for file in files:
+        yield f"{file.key}\0{digests.get(file.key, file.problem or '')}\n".encode()

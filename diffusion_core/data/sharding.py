@@ -1,0 +1,284 @@
+"""How the items of a source become the shards of a dataset version: the plan, and the work on one shard.
+
+Everything here is a function of the scanned source and the configuration, so that any worker can make any shard at any
+time and makes the same bytes. A worker holds the pixels of one shard and one encoded image, however large the source.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from diffusion_core.config import UserError
+from diffusion_core.data.config import DatasetConfig
+from diffusion_core.data.shards import SPLITS, Batch, Record, Shape, commit_shard, write_rejected
+from diffusion_core.data.sources import Item, Reader, Scan
+from diffusion_core.data.transforms import RejectedItem, Transform, image_size
+from diffusion_core.storage import Directory
+
+WORK = "work"  # what a job has done so far; removed when the manifest is written
+SPOOL_ABOVE_BYTES = 4 << 30
+
+Rejected = tuple[str, str]  # key, reason
+
+
+@dataclass(frozen=True)
+class ShardSpan:
+    """Positions `start` to `stop` of the plan's order make one shard."""
+
+    split: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a worker needs to make any shard.
+
+    order: (M,) int64 item numbers, the seeded shuffle of every split, one split after the other.
+    labels: (M,) int32 class of each position, or None.
+    spooled: number of spool files to read from, None to read from the source.
+    """
+
+    directory: Directory
+    reader: Reader
+    transform: Transform
+    shards: tuple[ShardSpan, ...]
+    order: np.ndarray
+    labels: np.ndarray | None
+    has_text: bool
+    spooled: int | None = None
+
+    @property
+    def image_shape(self) -> Shape:
+        return (*self.transform.size, self.transform.config.channels)
+
+    def items(self, span: ShardSpan) -> Iterator[Item]:
+        """The items of a shard in any order; slots count from the shard's beginning."""
+        if self.spooled is None:
+            return self.reader.read(self.order[span.start : span.stop])
+        return _read_spool(self.directory, self.spooled, span)
+
+
+def make_plan(directory: Directory, scan: Scan, config: DatasetConfig) -> Plan:
+    """Decide splits, order and shards.
+
+    Raises:
+        UserError: no candidate, only a test split, or (without `image_size`) no image to take the size from.
+    """
+    if not len(scan.candidates):
+        raise UserError("The source holds no image that can be taken." + _reasons(scan.rejected))
+    orders = _split_orders(scan, config)
+    transform = Transform(config, config.size or _common_size(scan, config))
+    height, width = transform.size
+    rows = config.shard_rows(height * width * config.channels)
+    spans: list[ShardSpan] = []
+    first = 0
+    for split, order in orders.items():
+        count = -(-len(order) // rows)
+        edges = [first + i * len(order) // count for i in range(count + 1)]  # shards of equal size, within one row
+        spans += [ShardSpan(split, start, stop) for start, stop in itertools.pairwise(edges)]
+        first += len(order)
+    order = np.concatenate(list(orders.values()))
+    labels = None if scan.labels is None else scan.labels[order]
+    return Plan(directory, scan.reader, transform, tuple(spans), order, labels, scan.has_text)
+
+
+def spool_chunks(plan: Plan, source_bytes: int) -> list[range]:
+    """Ranges of items to spool first; empty if every shard had better read the source itself.
+
+    A source without random access is read once for every shard. Where that is too much, each chunk of it is read once
+    and written in the order of positions, so that a shard reads its own part of every chunk.
+    """
+    if plan.reader.random_access or source_bytes * len(plan.shards) <= SPOOL_ABOVE_BYTES:
+        return []
+    return plan.reader.chunks()
+
+
+def spool_chunk(plan: Plan, positions: np.ndarray, number: int, chunk: range) -> None:
+    """Write the items of one chunk, still encoded, sorted by position. `positions`: (N,) of every item, -1 for none."""
+    key = _spool_file(number)
+    if plan.directory.exists(key):
+        return
+    items = np.arange(chunk.start, chunk.stop)
+    items = items[positions[items] >= 0]
+    found = sorted(
+        ((int(positions[items[item.slot]]), item) for item in plan.reader.read(items)), key=lambda row: row[0]
+    )
+    arrays = [item.content if isinstance(item.content, np.ndarray) else None for _, item in found]
+    table = pa.table(
+        {
+            "position": pa.array([position for position, _ in found], pa.int64()),
+            "key": pa.array([item.key for _, item in found], pa.large_string()),
+            "text": pa.array([item.text for _, item in found], pa.large_string()),
+            "content": pa.array([_payload(item) for _, item in found], pa.large_binary()),
+            "shape": pa.array([None if array is None else array.shape for array in arrays], pa.list_(pa.int32())),
+            "problem": pa.array([str(c) if isinstance(c := item.content, RejectedItem) else None for _, item in found]),
+        }
+    )
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", row_group_size=max(16, len(found) // 64))
+    plan.directory.create(key, sink.getvalue())
+
+
+def make_shard(plan: Plan, index: int) -> dict[str, Any]:
+    """Read, decode and store one shard, and commit it by its record in `work/`. Returns the record.
+
+    Raises:
+        UserError: the source has changed since it was hashed.
+    """
+    span = plan.shards[index]
+    rows = span.stop - span.start
+    images = np.zeros((rows, *plan.image_shape), np.uint8)
+    keys = [""] * rows
+    text: list[str | None] = [None] * rows
+    taken = np.zeros(rows, bool)
+    rejected: list[Rejected] = []
+    for item in plan.items(span):
+        try:
+            if isinstance(item.content, RejectedItem):
+                raise item.content
+            images[item.slot] = plan.transform(item.content)
+        except RejectedItem as error:
+            rejected.append((item.key, str(error)))
+            continue
+        taken[item.slot], keys[item.slot], text[item.slot] = True, item.key, item.text
+    kept = np.flatnonzero(taken)
+    if len(kept) + len(rejected) != rows:
+        raise RuntimeError(f"shard {index}: {rows} items were asked for, {len(kept) + len(rejected)} came")
+    batch = Batch(
+        images if len(kept) == rows else images[kept],
+        None if plan.labels is None else plan.labels[span.start : span.stop][kept].astype(np.int64),
+        [text[row] for row in kept] if plan.has_text else None,
+        [keys[row] for row in kept],
+    )
+    stored: Record = commit_shard(plan.directory, index, span.split, batch) if len(kept) else {"rows": 0}
+    record = {"shard": stored, "rejected": sorted(rejected)}
+    plan.directory.create_json(_record_file(index), record)
+    return record
+
+
+def finished_shards(plan: Plan) -> dict[int, dict[str, Any]]:
+    """Records of the shards that an earlier job has finished, by index."""
+    work = plan.directory / WORK
+    names = {_record_file(index).removeprefix(f"{WORK}/"): index for index in range(len(plan.shards))}
+    return {names[entry.key]: work.read_json(entry.key) for entry in work.list("part-") if entry.key in names}
+
+
+def check_rejected(
+    directory: Directory, rejected: Sequence[Rejected], images: int, total: int, config: DatasetConfig
+) -> None:
+    """`UserError`, with `rejected.parquet` written, if too large a share of `total` images had to be rejected."""
+    if images <= config.max_rejected_fraction * total and images < total:
+        return
+    write_rejected(directory, rejected)
+    raise UserError(
+        f"{images:,} of {total:,} images were rejected, and dataset.max_rejected_fraction = "
+        f"{config.max_rejected_fraction:g} allows {int(config.max_rejected_fraction * total):,}{_reasons(rejected)} "
+        f"All of them with their reasons are in {directory.uri}/rejected.parquet."
+    )
+
+
+def positions_of_items(plan: Plan) -> np.ndarray:
+    """The inverse of the plan's order: (N,) int64 position of every item number, -1 for items that are not planned."""
+    positions = np.full(int(plan.order.max()) + 1, -1, np.int64)
+    positions[plan.order] = np.arange(len(plan.order))
+    return positions
+
+
+def with_spool(plan: Plan, chunks: int) -> Plan:
+    """The plan, reading from the spool. The order itself is then not needed by any worker."""
+    return replace(plan, spooled=chunks)
+
+
+def _split_orders(scan: Scan, config: DatasetConfig) -> dict[str, np.ndarray]:
+    """Item numbers of each split that has any, in their final order."""
+    from diffusion_core.diffusion.noise import keyed_permutation  # torch: not needed to find that all is done
+
+    unsaid = scan.splits[scan.candidates] < 0
+    members = {
+        split: scan.candidates[(scan.splits[scan.candidates] == number) | (unsaid & (split == "train"))]
+        for number, split in enumerate(SPLITS)
+    }
+    train = members["train"]
+    if not len(train):
+        raise UserError(
+            "The source has no training images, only "
+            + " and ".join(split for split in SPLITS if len(members[split]))
+            + " images: set source.splits to none to divide them anew."
+        )
+    if not len(members["test"]) and config.test_fraction > 0 and len(train) > 1:
+        held_out = min(max(1, int(len(train) * config.test_fraction + 0.5)), len(train) - 1)
+        chosen = keyed_permutation(config.seed, "data.test", len(train))
+        members["test"], members["train"] = train[np.sort(chosen[:held_out])], train[np.sort(chosen[held_out:])]
+    return {
+        split: items[keyed_permutation(config.seed, f"data.order.{split}", len(items))]
+        for split, items in members.items()
+        if len(items)
+    }
+
+
+def _common_size(scan: Scan, config: DatasetConfig) -> tuple[int, int]:
+    """(height, width) of the first image that can be decoded."""
+    why = ""
+    for item in itertools.islice(scan.reader.read(scan.candidates[:100]), 100):
+        if isinstance(item.content, RejectedItem):
+            why = str(item.content)
+            continue
+        try:
+            return image_size(item.content, config)
+        except RejectedItem as error:
+            why = str(error)
+    raise UserError(
+        f"dataset.image_size is needed: none of the first 100 images can be decoded to take it from ({why})."
+    )
+
+
+def _read_spool(directory: Directory, chunks: int, span: ShardSpan) -> Iterator[Item]:
+    for number in range(chunks):
+        with directory.open(_spool_file(number)) as stream:
+            file = pq.ParquetFile(stream)
+            for group in range(file.num_row_groups):
+                statistics = file.metadata.row_group(group).column(0).statistics
+                if statistics.min < span.stop and statistics.max >= span.start:
+                    yield from _spooled_items(file.read_row_group(group), span)
+
+
+def _spooled_items(table: pa.Table, span: ShardSpan) -> Iterator[Item]:
+    positions = table["position"].to_numpy()
+    low, high = np.searchsorted(positions, (span.start, span.stop))
+    for row in table.slice(low, high - low).to_pylist():
+        content: bytes | np.ndarray | RejectedItem = row["content"]
+        if row["problem"] is not None:
+            content = RejectedItem(row["problem"])
+        elif row["shape"] is not None:
+            content = np.frombuffer(row["content"], np.uint8).reshape(row["shape"])
+        yield Item(row["position"] - span.start, row["key"], content, row["text"])
+
+
+def _payload(item: Item) -> bytes | None:
+    if isinstance(item.content, RejectedItem):
+        return None
+    return item.content.tobytes() if isinstance(item.content, np.ndarray) else item.content
+
+
+def _reasons(rejected: Sequence[Rejected]) -> str:
+    """The three most common reasons, without their details."""
+    common = Counter(reason.partition(":")[0] for _, reason in rejected).most_common(3)
+    return "; most common: " + ", ".join(f"{reason} ({count:,})" for reason, count in common) + "." if common else "."
+
+
+def _record_file(index: int) -> str:
+    return f"{WORK}/part-{index:05d}.json"
+
+
+def _spool_file(number: int) -> str:
+    return f"{WORK}/spool-{number:05d}.parquet"
