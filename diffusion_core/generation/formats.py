@@ -196,6 +196,8 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _from_tar(data: bytes) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
+    if not data.endswith(bytes(1024)):  # two empty blocks end an archive; tarfile itself does not ask for them
+        raise ValueError("not a complete tar")
     rows, images = [], []
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:

@@ -120,7 +120,8 @@ def extend(
             return first, stop, [item for item in log if item.first_image_id < stop and first < item.stop]
         first_shard = log[-1].first_shard + log[-1].shard_count(images_per_shard) if log else 0
         new = Extension(len(log), missing[0][0], missing[0][1] - missing[0][0], first_shard)
-        directory.create_json(_log_key(new.number), {"schema_version": SCHEMA_VERSION, **asdict(new)})
+        if directory.create_json(_log_key(new.number), {"schema_version": SCHEMA_VERSION, **asdict(new)}):
+            first_image_id, count = first, stop - first  # settled; had another job been faster, it would be open again
 
 
 def uncovered(log: Sequence[Extension], first: int, stop: int) -> Iterator[tuple[int, int]]:

@@ -23,8 +23,8 @@ def choose_images(ranges: Sequence[tuple[int, int]], labels: Labels) -> dict[int
         ranges: the ranges [first, stop) of image ids that are stored, sorted.
     """
     if labels.num_classes == 0:
-        ids = [image_id for first, stop in ranges for image_id in range(first, min(stop, first + WITHOUT_CLASSES))]
-        return {None: ids[:WITHOUT_CLASSES]}
+        lowest = [image_id for first, stop in ranges for image_id in range(first, min(stop, first + WITHOUT_CLASSES))]
+        return {None: lowest[:WITHOUT_CLASSES]}
     shown = min(MAX_CLASSES, labels.num_classes)
     rows: dict[int | None, list[int]] = {n * labels.num_classes // shown: [] for n in range(shown)}
     scanned = 0

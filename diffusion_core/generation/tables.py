@@ -44,7 +44,7 @@ def failures(failed: Mapping[Shard, Mapping[str, Any]]) -> bytes:
     return write_parquet(pa.table(columns))
 
 
-def commit_record(shard: Shard, key: str, files: Mapping[str, bytes], content: ShardContent) -> dict[str, Any]:
+def commit_record(shard: Shard, key: str, files: dict[str, bytes], content: ShardContent) -> dict[str, Any]:
     """What the commit record of a shard says of its data."""
     return {
         "schema_version": SCHEMA_VERSION,

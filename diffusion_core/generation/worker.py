@@ -50,7 +50,7 @@ class Generator:
             torch.backends.cudnn.deterministic = True
             torch.backends.cuda.matmul.allow_tf32 = False
             torch.backends.cudnn.allow_tf32 = False
-        bundle.network.to(memory_format=torch.channels_last)
+        bundle.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._network = _Watched(bundle.network, config.precision, self.device)
         self._sampler = build_sampler(config.sampler, bundle.process)
         height, width, channels = bundle.config.image_shape
@@ -122,7 +122,7 @@ class Generator:
             ids = batch[slots][bad]
             shown = ", ".join(map(str, ids[:5])) + (", …" if len(ids) > 5 else "")
             raise NonFiniteImages(f"the network gave infinite or undefined values for image {shown}")
-        return images_from_network(x_0)[slots]
+        return images_from_network(x_0[torch.from_numpy(slots).to(self.device)])
 
 
 class _Watched(nn.Module):
@@ -134,13 +134,9 @@ class _Watched(nn.Module):
     def __init__(self, network: nn.Module, precision: SamplingPrecision, device: torch.device) -> None:
         super().__init__()
         self.network = network
+        self.null_label = getattr(network, "null_label", 0)  # the label that means no label
         self.precision, self.device = precision, device
         self.bad = torch.zeros(0, dtype=torch.bool)
-
-    @property
-    def null_label(self) -> int:
-        """The label that means no label."""
-        return int(self.network.null_label)
 
     def watch(self, count: int) -> None:
         """Begin a batch of `count` images."""

@@ -200,8 +200,7 @@ def _pass(
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
-    if worker is None:
-        from diffusion_core.generation.worker import ShardWorker as worker
+    from diffusion_core.generation.worker import ShardWorker
 
     names = ("shard", "first_image_id", "count")
     values = [dict(zip(names, (shard.number, shard.first_image_id, shard.count), strict=True)) for shard in shards]
@@ -219,7 +218,7 @@ def _pass(
     retries = min(1, resources.max_failures)
     with DataContext.current(context):
         dataset = ray.data.from_arrow(blocks).map(
-            worker,
+            worker or ShardWorker,
             fn_constructor_args=(task, tally),
             compute=ActorPoolStrategy(size=min(resources.workers, len(blocks)), max_tasks_in_flight_per_actor=1),
             max_restarts=len(blocks) * (1 + retries) + resources.max_failures,
@@ -255,13 +254,14 @@ def _tallied(progress: Progress, already: int) -> Iterator[_RayTally]:
     """A tally for the workers, and a thread that shows it once a second."""
     import ray
 
-    counter = ray.remote(_Counter).options(num_cpus=0).remote()
+    counter: Any = ray.remote(num_cpus=0)(_Counter).remote()
     ended = threading.Event()
 
     def show() -> None:
         while not ended.wait(1.0):
             try:
-                progress.update(min(already + ray.get(counter.total.remote(), timeout=10), progress.total or 0))
+                done: int = ray.get(counter.total.remote(), timeout=10)
+                progress.update(min(already + done, progress.total or 0))
             except ray.exceptions.RayError as error:
                 logger.warning("progress cannot be shown: %s", error)
                 return

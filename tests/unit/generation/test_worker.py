@@ -1,0 +1,124 @@
+"""An image is a function of bundle, configuration and image id, whatever it was asked for together with."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion_core.bundle import load_bundle
+from diffusion_core.generation import GenerationConfig
+from diffusion_core.generation.labels import Labels
+from diffusion_core.generation.worker import Generator, NonFiniteImages
+
+BALANCED = Labels(10).of
+
+
+def make_generator(uri, **fields):
+    fields = {"batch_size": 8, "sampler": {"steps": 3}, "guidance": {"scale": 2.0}} | fields
+    return Generator(load_bundle(uri), GenerationConfig(**fields))
+
+
+@pytest.fixture(scope="module")
+def generator(bundle_uri):
+    return make_generator(bundle_uri)
+
+
+@pytest.fixture(scope="module")
+def images(generator):
+    return generator.images(np.arange(40), BALANCED)
+
+
+def test_images_are_pixels_and_differ(images):
+    assert images.shape == (40, 8, 8, 1)
+    assert images.dtype == np.uint8
+    assert len(np.unique(images.reshape(40, -1), axis=0)) == 40
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [[0], [7], [8], [39], range(3, 21), [33, 2, 17, 2, 2, 33], range(39, -1, -1), []],
+    ids=["first", "end of a batch", "start of one", "last", "across batches", "repeated", "backwards", "none"],
+)
+def test_any_selection_of_ids_gives_the_same_pixels(generator, images, ids):
+    np.testing.assert_array_equal(generator.images(np.array(list(ids), dtype=np.int64), BALANCED), images[list(ids)])
+
+
+@pytest.mark.parametrize("sampler", [{"kind": "ddpm", "steps": 4}, {"kind": "ddim", "steps": 3, "eta": 1.0}])
+def test_the_noise_of_each_step_belongs_to_the_image(bundle_uri, sampler):
+    generator = make_generator(bundle_uri, sampler=sampler)
+    whole = generator.images(np.arange(20), BALANCED)
+    np.testing.assert_array_equal(generator.images(np.array([13]), BALANCED)[0], whole[13])
+    other = make_generator(bundle_uri, sampler=sampler, seed=1).images(np.array([13]), BALANCED)[0]
+    assert not np.array_equal(other, whole[13])
+
+
+def test_the_labels_of_neighbours_do_not_matter(generator, images):
+    ids = np.array([4, 12])
+    np.testing.assert_array_equal(generator.images(ids, np.array([4, 2])), images[ids])
+
+
+def test_the_label_matters(generator, images):
+    assert not np.array_equal(generator.images(np.array([4]), np.array([5]))[0], images[4])
+
+
+def test_one_id_with_several_labels(generator):
+    got = generator.images(np.array([4, 4, 5]), np.array([1, 2, 1]))
+    for n, (image_id, label) in enumerate([(4, 1), (4, 2), (5, 1)]):
+        np.testing.assert_array_equal(got[n], generator.images(np.array([image_id]), np.array([label]))[0])
+
+
+def test_guidance_and_seed_are_part_of_the_image(bundle_uri, images):
+    for fields in ({"guidance": {"scale": 1.0}}, {"seed": 5}, {"sampler": {"steps": 4}}):
+        assert not np.array_equal(make_generator(bundle_uri, **fields).images(np.arange(4), BALANCED), images[:4])
+
+
+def test_very_high_ids(generator):
+    ids = np.array([2**61 + 1, 1], dtype=np.int64)
+    high, low = generator.images(ids, BALANCED)
+    assert not np.array_equal(high, low)
+    np.testing.assert_array_equal(high, generator.images(ids[:1], BALANCED)[0])
+
+
+def test_an_unconditional_model_of_colour_images_that_are_not_square(unconditional_uri):
+    generator = make_generator(unconditional_uri, guidance={"scale": 1.0})
+    images = generator.images(np.arange(10), None)
+    assert images.shape == (10, 4, 8, 3)
+    np.testing.assert_array_equal(generator.images(np.arange(9, 10), Labels(0).of), images[9:])
+
+
+def test_bfloat16_is_close_and_deterministic(bundle_uri):
+    exact = make_generator(bundle_uri, sampler={"steps": 1}).images(np.arange(8), BALANCED).astype(int)
+    rough = make_generator(bundle_uri, precision="bfloat16", sampler={"steps": 1})
+    first, second = (rough.images(np.arange(8), BALANCED) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    assert np.mean(np.abs(first - exact)) < 8
+    assert not np.array_equal(first, exact)
+
+
+class Poisoned(torch.nn.Module):
+    """Gives a non-finite value for one label."""
+
+    def __init__(self, network, label, value):
+        super().__init__()
+        self.network, self.label, self.value = network, label, value
+        self.null_label = network.null_label
+
+    def forward(self, x_t, t, label):
+        out = self.network(x_t, t, label)
+        out[label == self.label, 0, 0, 0] = self.value
+        return out
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("threshold", ["static", "none"])
+def test_a_non_finite_value_is_an_error_and_no_pixel(bundle_uri, value, threshold):
+    bundle = load_bundle(bundle_uri)
+    bundle = dataclasses.replace(bundle, network=Poisoned(bundle.network, 3, value))
+    fields = {"sampler": {"steps": 3, "threshold": threshold}, "guidance": {"scale": 2.0}, "batch_size": 16}
+    generator = Generator(bundle, GenerationConfig(**fields))
+    with pytest.raises(NonFiniteImages, match=r"image 3, 13$"):
+        generator.images(np.array([13, 4, 3]), BALANCED)
+    generator.images(np.array([4, 5]), BALANCED)  # a poisoned neighbour does not matter
