@@ -175,7 +175,8 @@ def _is_dead(directory: Directory, number: int, after: Held | None) -> bool:
 
 
 def _token(directory: Directory, number: int) -> str | None:
-    return directory.read_json(f"{number}.json").get("token")  # type: ignore[no-any-return]
+    token = directory.read_json(f"{number}.json").get("token")
+    return None if token is None else str(token)
 
 
 def _outcome(directory: Directory, number: int) -> str | None:

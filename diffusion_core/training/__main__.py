@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 -m diffusion_core.training request.json
 
 The request is that of the train job (`store`, `dataset_uri`, `process`, `network`, `training`; `resources` and
-`experiment` are passed over), and the run's directory is the same as on a cluster. SIGINT and SIGTERM save a checkpoint;
-the same command continues.
+`experiment` are passed over), and the run's directory is the same as on a cluster. SIGINT and SIGTERM save a checkpoint
+and end it; the same command continues.
 """
 
 from __future__ import annotations

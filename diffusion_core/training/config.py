@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 from pydantic import Field, model_validator
 
 from diffusion_core.config import Config, execution
 
 
-class Precision(str, Enum):
+class Precision(StrEnum):
     """Arithmetic of the forward and backward pass. Weights, optimizer, loss and moving average are float32 always."""
 
     FLOAT32 = "float32"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffusion_core.training.config import TrainingConfig
 
@@ -24,7 +24,8 @@ class Ema:
     def __init__(self, network: nn.Module, config: TrainingConfig) -> None:
         self.network = copy.deepcopy(network).float().eval().requires_grad_(False)
         self._config = config
-        self._average, self._weights = list(self.network.parameters()), list(network.parameters())
+        self._average: list[Tensor] = list(self.network.parameters())
+        self._weights: list[Tensor] = list(network.parameters())
         self._kept, self._buffers = list(self.network.buffers()), list(network.buffers())
 
     def decay(self, images_seen: int) -> float:

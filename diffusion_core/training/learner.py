@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
@@ -119,7 +120,7 @@ class Learner:
         if self._drops:
             torch.manual_seed(int(keyed_integers(self.config.seed, "train.dropout", [microbatch.first], 2**53)))
         share = microbatch.weight / self.config.batch_size
-        with nullcontext() if exchange or self.world.size == 1 else self._model.no_sync():  # type: ignore[operator]
+        with nullcontext() if exchange or self.world.size == 1 else self._model.no_sync():
             losses = self._losses(microbatch)
             # Processes are averaged over, while the batch's mean is the sum of their shares.
             (losses.sum() * (share * self.world.size)).backward()
@@ -164,12 +165,15 @@ class Learner:
 
     def _distributed(self, image_shape: Shape, num_classes: int) -> DistributedDataParallel:
         device = self.world.device
-        model = DistributedDataParallel(
-            self.network,
-            device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
+        with warnings.catch_warnings():
+            # The newer name of broadcast_buffers is unknown to torch 2.11.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            model = DistributedDataParallel(
+                self.network,
+                device_ids=[device] if device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
         self._model = model
         self._settle_buckets(image_shape, num_classes)
         return model

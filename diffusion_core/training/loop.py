@@ -31,6 +31,10 @@ _REASONS = ("", TIME_BUDGET, INTERRUPTED, LOST)  # their places are what the pro
 _CHECKED_STEPS = 32  # after so many steps at most, a loss that is not finite is noticed
 
 
+class DivergedError(UserError):
+    """The loss is not finite any more. Raised at the same step in all processes."""
+
+
 class LeaseLostError(RuntimeError):
     """Another attempt took the run over while this one looked dead: it must not write any more."""
 
@@ -91,7 +95,7 @@ def train(
         The outcome; only the leader's names the bundle.
 
     Raises:
-        UserError: the loss is not finite any more, the dataset is damaged, the device is too small.
+        UserError: the loss is not finite any more (`DivergedError`), the dataset is damaged, the device is too small.
         LeaseLostError: `should_stop` said so.
     """
     torch.set_num_threads(spec.training.threads)
@@ -225,7 +229,7 @@ class _Loop:
         steps_ago = len(norms) - 1 - bad[0]
         seen = self.position.images_seen - steps_ago * self.config.batch_size
         rate = self.learner.learning_rate(seen)
-        raise UserError(
+        raise DivergedError(
             f"training.learning_rate: the loss was no longer finite after {seen:,} images, at a learning rate of "
             f"{rate:.3g}; use a lower rate, a longer training.warmup_images, a smaller training.grad_clip, or "
             "training.precision float32."
@@ -313,8 +317,8 @@ class _Loop:
             )
         except ValueError as error:
             raise UserError(
-                f"training.learning_rate: the network has diverged after {self.position.images_seen:,} images ({error}); "
-                "use a lower rate or a longer training.warmup_images."
+                f"training.learning_rate: the network has diverged after {self.position.images_seen:,} images"
+                f" ({error}); use a lower rate or a longer training.warmup_images."
             ) from error
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class World:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     control: Any = None
 
     @classmethod
@@ -46,7 +46,7 @@ class World:
         local, size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if gpus and local >= gpus:
-            raise UserError(f"--nproc-per-node: this machine has {gpus} GPUs, so at most {gpus} processes can train here.")
+            raise UserError(f"--nproc-per-node: at most {gpus} processes can train here, as there are {gpus} GPUs.")
         device = torch.device("cuda", local) if gpus else torch.device("cpu")
         if gpus:
             torch.cuda.set_device(device)

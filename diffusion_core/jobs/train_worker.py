@@ -1,0 +1,161 @@
+"""What each worker of a training run executes, and how it and the job hear of each other: through the run's directory.
+
+The leader writes `progress.json` and looks for `attempts/<n>.stop.json`; whichever worker meets an error that the user
+can mend writes `attempts/<n>.error.json`. So a job on another machine, or a second one that merely watches, sees as
+much as the one that started the workers.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from typing import Any
+
+from diffusion_core.config import UserError
+from diffusion_core.storage import Directory
+from diffusion_core.training.run import INTERRUPTED, RunDirectory, TrainSpec
+
+logger = logging.getLogger(__name__)
+
+PROGRESS = "progress.json"
+_LOOK_S = 1.0
+
+
+def stop_key(attempt: int) -> str:
+    return f"{attempt}.stop.json"
+
+
+def error_key(attempt: int) -> str:
+    return f"{attempt}.error.json"
+
+
+def recorded_error(run: RunDirectory, attempt: int) -> str | None:
+    """The sentence for the user that ended an attempt; None if there is none."""
+    try:
+        return str(run.attempts.read_json(error_key(attempt))["error"])
+    except FileNotFoundError:
+        return None
+
+
+def work(order: dict[str, Any]) -> dict[str, Any] | None:
+    """Train as one of Ray Train's workers.
+
+    Args:
+        order: store, run_uri, spec (a dumped TrainSpec), attempt, experiment, start (bundle URI or None).
+
+    Returns:
+        The dumped TrainOutcome; None if a user error is recorded.
+    """
+    import ray.train.torch
+
+    from diffusion_core.training.loop import DivergedError, train
+    from diffusion_core.training.world import World
+
+    run, attempt = RunDirectory(Directory(order["run_uri"])), int(order["attempt"])
+    if recorded_error(run, attempt) is not None:
+        return None  # a restart cannot mend what the user has to mend
+    spec = TrainSpec.model_validate(order["spec"])
+    world = World.join(ray.train.torch.get_device())
+    watch = Watch(run, attempt, spec.training.target_images) if world.leads else None
+    try:
+        recorder = open_recorder(order["store"], run, spec, order["experiment"]) if world.leads else None
+        should_stop = watch.should_stop if watch else lambda: None
+        outcome = train(spec, run, world, recorder, watch, should_stop, order["start"])
+    except UserError as error:
+        run.attempts.create_json(error_key(attempt), {"error": str(error)})
+        if isinstance(error, DivergedError):
+            return None  # all workers stopped here together
+        raise  # the others wait for this worker: its failure ends them
+    finally:
+        if watch is not None:
+            watch.close()
+    return outcome.model_dump(mode="json")
+
+
+def open_recorder(store: str, run: RunDirectory, spec: TrainSpec, experiment: str) -> Any:
+    """The MLflow record of the run, made once and continued by every later attempt."""
+    from diffusion_core.tracking import RunRecorder
+
+    description = run.directory.read_json("run.json")
+    dataset = description["dataset"]
+    tags = {
+        "run_id": run.run_id,
+        "run_uri": run.directory.uri,
+        "dataset": dataset["name"],
+        "dataset_version": dataset["version"],
+        "dataset_uri": dataset["uri"],
+        "code_version": description["code_version"],
+    }
+    params = {**spec.model_dump(mode="json"), "dataset_version": dataset["version"]}
+    known = recorded_mlflow_run(run)
+    recorder = RunRecorder(store, experiment, f"{dataset['name']}-{run.run_id}", params, tags, known)
+    if known is None and not run.directory.create_json("mlflow.json", {"mlflow_run_id": recorder.mlflow_run_id}):
+        recorder = RunRecorder(store, experiment, run.run_id, mlflow_run_id=recorded_mlflow_run(run))
+    return recorder
+
+
+def recorded_mlflow_run(run: RunDirectory) -> str | None:
+    """The MLflow run that records this run; None before the first attempt came that far."""
+    try:
+        return str(run.directory.read_json("mlflow.json")["mlflow_run_id"])
+    except FileNotFoundError:
+        return None
+
+
+class Watch:
+    """The leader's ear and voice: a thread that writes the progress and looks whether to stop, once a second.
+
+    The training loop never waits for the store because of it.
+    """
+
+    def __init__(self, run: RunDirectory, attempt: int, total: float | None) -> None:
+        self.total = total
+        self._run, self._attempt = run, attempt
+        self._done: float | None = None
+        self._figures: dict[str, float] = {}
+        self._told: tuple[Any, ...] = ()
+        self._reason: str | None = None
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+        self._thread.start()
+
+    def update(self, done: float, **figures: float) -> None:
+        """`done` images are seen."""
+        self._done = done
+        self._figures.update(figures)
+
+    def should_stop(self) -> str | None:
+        return self._reason
+
+    def close(self) -> None:
+        """Write the last progress and end the thread."""
+        self._closed.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while True:
+            closing = self._closed.wait(_LOOK_S)
+            try:
+                self._tell()
+                self._reason = self._reason or self._why_stop()
+            except Exception:  # a store that is away for a moment must not end the training
+                logger.warning("The run's directory %s cannot be reached.", self._run.directory.uri, exc_info=True)
+            if closing:
+                return
+
+    def _why_stop(self) -> str | None:
+        from diffusion_core.training.loop import LOST
+
+        if self._run.attempts.exists(f"{self._attempt + 1}.json"):
+            return LOST
+        return INTERRUPTED if self._run.attempts.exists(stop_key(self._attempt)) else None
+
+    def _tell(self) -> None:
+        figures = {name: value for name, value in self._figures.items() if math.isfinite(value)}
+        now = (self._done, self.total, tuple(sorted(figures.items())))
+        if self._done is None or now == self._told:
+            return
+        told = {"attempt": self._attempt, "done": self._done, "total": self.total, "figures": figures}
+        self._run.directory.write_json(PROGRESS, told)
+        self._told = now
