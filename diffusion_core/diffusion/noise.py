@@ -69,7 +69,7 @@ def _words(seed: int, purpose: str, positions: Positions, count: int, draw: int,
     blocks = torch.arange(-(-count // 4), dtype=torch.int64, device=where.device).reshape(1, -1)
     draws = torch.full((1, 1), draw, dtype=torch.int64, device=where.device)
     words = philox((blocks, draws, where & _WORD, (where >> 32) & _WORD), _key(seed, purpose))
-    return torch.stack(words, dim=-1).reshape(where.shape[0], -1)[:, :count]
+    return torch.stack(words, dim=-1).flatten(1)[:, :count]
 
 
 def _normal(
@@ -82,12 +82,12 @@ def _normal(
     dtype: torch.dtype,
 ) -> Tensor:
     count = math.prod(shape)
-    words = _words(seed, purpose, positions, count + count % 2, draw, device).reshape(-1, (count + 1) // 2, 2)
+    words = _words(seed, purpose, positions, count + count % 2, draw, device).unflatten(1, (-1, 2))
     # Half a unit is added so that the logarithm never sees 0.
     radius = torch.sqrt(-2.0 * torch.log((words[..., 0].double() + 0.5) * 2.0**-32))
     angle = words[..., 1].double() * (2.0 * math.pi * 2.0**-32)
     pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
-    return pairs.reshape(words.shape[0], -1)[:, :count].to(dtype).reshape(words.shape[0], *shape)
+    return pairs.flatten(1)[:, :count].to(dtype).reshape(words.shape[0], *shape)
 
 
 def keyed_normal(
@@ -110,7 +110,7 @@ def keyed_uniform(
 ) -> Tensor:
     """Uniform variates in [0, 1), float64 with 53 random bits, of shape (N, *shape)."""
     count = math.prod(shape)
-    words = _words(seed, purpose, positions, 2 * count, 0, device).reshape(-1, count, 2)
+    words = _words(seed, purpose, positions, 2 * count, 0, device).unflatten(1, (-1, 2))
     bits = (words[..., 0] << 21) | (words[..., 1] >> 11)
     return (bits.double() * 2.0**-53).reshape(words.shape[0], *shape)
 
