@@ -37,16 +37,16 @@ class ClassifierConfig(Config):
     """
 
     width: int = Field(
-        32, ge=8, le=256, multiple_of=8, description="Channels of the first stage; doubled in the second."
+        16, ge=8, le=256, multiple_of=8, description="Channels of the first stage; doubled in the second."
     )
     features: int = Field(64, ge=8, le=2048, description="Length of the feature vector that the distances compare.")
-    images: int = Field(120_000, ge=1, description="Training images seen, repeated over epochs when there are fewer.")
+    images: int = Field(60_000, ge=1, description="Training images seen, repeated over epochs when there are fewer.")
     batch_size: int = Field(128, ge=2, le=8192, description="Training images a step.")
     learning_rate: float = Field(
         2e-3, gt=0, le=1, description="Peak of the learning rate: warm-up, then cosine to zero."
     )
     weight_decay: float = Field(1e-2, ge=0, le=10, description="Decoupled weight decay (AdamW).")
-    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the initial weights, the order of images and the shifts.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the initial weights and the order of images.")
     threads: int = Field(1, ge=1, le=256, description="CPU threads of training and of extraction.")
 
 
@@ -79,7 +79,7 @@ class EvaluationConfig(Config):
     )
     kid_subsets: int = Field(50, ge=2, le=10_000, description="Random subsets that the kernel distance (KID) averages.")
     kid_subset_size: int = Field(
-        1_000, ge=2, le=100_000, description="Images of each set in one subset; at most the number of samples."
+        1_000, ge=2, le=100_000, description="Images of each set in one subset; at most half of the smaller set."
     )
 
     @model_validator(mode="after")
