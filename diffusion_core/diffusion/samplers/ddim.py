@@ -45,7 +45,7 @@ class DDIMSampler(Sampler):
     def step(self, x_t: Tensor, x0_hat: Tensor, t: float, s: float, draw: Callable[[], Tensor]) -> Tensor:
         alpha_t, sigma_t = float(self.schedule.alpha(t)), float(self.schedule.sigma(t))
         alpha_s, sigma_s = float(self.schedule.alpha(s)), float(self.schedule.sigma(s))
-        variance = self.eta**2 * float(self.schedule.transition(s, t).posterior_variance)
+        variance = 0.0 if self.eta == 0.0 else self.eta**2 * float(self.schedule.transition(s, t).posterior_variance)
         # epsilon_hat = (x_t - alpha_t * x0_hat) / sigma_t, put in.
         noise_scale = math.sqrt(max(sigma_s**2 - variance, 0.0)) / sigma_t
         x_s = (alpha_s - noise_scale * alpha_t) * x0_hat + noise_scale * x_t
