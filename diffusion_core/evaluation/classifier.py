@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion_core.config import UserError, digest
+from diffusion_core.config import UserError
 from diffusion_core.data.shards import Batch, ImageDataset
 from diffusion_core.evaluation.config import ClassifierConfig
+from diffusion_core.evaluation.identity import classifier_identity
 from diffusion_core.progress import Progress
 from diffusion_core.storage import Directory
 
@@ -71,9 +72,9 @@ class ClassifierExtractor:
 
     kind = "classifier"
 
-    def __init__(self, model: Classifier, extractor_digest: str, threads: int, knows_classes: bool) -> None:
+    def __init__(self, model: Classifier, identity: str, threads: int, knows_classes: bool) -> None:
         self._model, self._threads = model.eval().requires_grad_(False), threads
-        self.digest, self.knows_classes = extractor_digest, knows_classes
+        self.digest, self.knows_classes = identity, knows_classes
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """Features (N, d) float32 of images (N, H, W, C) uint8."""
@@ -96,11 +97,6 @@ class ClassifierExtractor:
         return np.concatenate(logits), np.concatenate(features)
 
 
-def extractor_digest(dataset: ImageDataset, config: ClassifierConfig) -> str:
-    """Identifies the extractor of a dataset version, trained or not."""
-    return digest("classifier", dataset.version, config)
-
-
 def classifier_extractor(dataset: ImageDataset, config: ClassifierConfig) -> ClassifierExtractor:
     """The extractor of a dataset version: read from `<dataset>/extractors/<digest>/`, or trained now and kept there.
 
@@ -110,7 +106,7 @@ def classifier_extractor(dataset: ImageDataset, config: ClassifierConfig) -> Cla
     height, width, _ = dataset.image_shape
     if min(height, width) < 8:
         raise UserError(f"evaluation.extractor: classifier needs images of at least 8x8 pixels, not {height}x{width}.")
-    name = extractor_digest(dataset, config)
+    name = classifier_identity(config, dataset.version)
     place = dataset.directory / f"extractors/{name}"
     with fixed_threads(config.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -215,7 +211,7 @@ def _rotated(images: Tensor, draw: np.random.Generator) -> tuple[Tensor, Tensor]
 
 
 def _training_images(dataset: ImageDataset, limit: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """At most `limit` training images, shrunk, and their labels. Rows are in random order, so the first are a sample."""
+    """At most `limit` training images, shrunk, and their labels. Rows are in random order: the first are a sample."""
     images, labels = [], []
     for batch in blocks(dataset, "train", limit):
         images.append(shrink(batch.images))

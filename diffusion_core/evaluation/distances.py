@@ -65,8 +65,8 @@ def paired_bootstrap(
 ) -> NDArray[np.float64]:
     """Bootstrap distribution of the difference in Fréchet distance, that of `first` minus that of `second`.
 
-    Row i of both is the image of the same id (same label, same noise): a resample draws ids, the same for both, so what
-    the two have in common cancels. The reference is held fixed. Negative means that `first` is closer to the real images.
+    Row i of both is the image of the same id (same label, same noise): a resample draws ids, the same for both, so
+    what the two have in common cancels. The reference is held fixed. Negative: `first` is closer to the real images.
 
     Args:
         first, second: features (N, d) of the images of two models.
@@ -101,7 +101,7 @@ def _assemble(real: GaussianStatistics, mean: NDArray[np.float64], trace: float,
 
 
 def kernel_distance(real: Array, generated: Array, subsets: int, subset_size: int, seed: int) -> tuple[float, float]:
-    """Squared maximum mean discrepancy with the kernel (x·y/d + 1)³ (Bińkowski et al. 2018): estimate and standard error.
+    """Squared maximum mean discrepancy, kernel (x·y/d + 1)³ (Bińkowski et al. 2018): estimate and standard error.
 
     Unbiased, so it can be negative. The mean over `subsets` random subsets, each of `subset_size` images of both sets
     but at most half of the smaller one, which makes the subsets a delete-d jackknife (Shao & Wu 1989): with m of n
@@ -179,7 +179,7 @@ def _share_inside(centres: Array, radii: NDArray[np.float64], points: Array) -> 
 
 
 def _squared_distances(a: Array, b: Array) -> NDArray[np.float64]:
-    """Squared Euclidean distances (n, m) between points (n, d) and (m, d). Equal points have a distance of exactly 0."""
+    """Squared Euclidean distances (n, m) of points (n, d) and (m, d). Equal points have a distance of exactly 0."""
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     squares = np.square(a).sum(axis=1)[:, None] + np.square(b).sum(axis=1)[None, :]
     distances = squares - 2 * (a @ b.T)

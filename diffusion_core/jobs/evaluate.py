@@ -1,0 +1,209 @@
+"""The job that measures a bundle against a dataset version. Finished evaluations are found without Ray or torch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from diffusion_core.bundle import BundleConfig, bundle_digest, read_bundle_config
+from diffusion_core.config import UserError, digest, identity
+from diffusion_core.data.shards import ImageDataset, open_dataset
+from diffusion_core.evaluation.config import EvaluationConfig, EvaluationLabels
+from diffusion_core.evaluation.identity import extractor_identity
+from diffusion_core.generation.config import GenerationConfig
+from diffusion_core.jobs.protocol import main
+from diffusion_core.jobs.requests import EvaluateRequest, EvaluateResult, Resources
+from diffusion_core.storage import Directory
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from diffusion_core.evaluation.features import Features, Reference
+    from diffusion_core.generation.imageset import ImageSet
+
+REPORT, PICTURE, FEATURES = "evaluation.json", "evaluation.png", "features.safetensors"
+_ALGORITHM = 1  # raised when the figures are computed differently
+_LEAST = 4  # images that the kernel distance needs
+_BLOCK = 1024
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation: its directory, its report, and whether it was found done."""
+
+    directory: Directory
+    report: dict[str, Any]
+    reused: bool
+
+    @property
+    def uri(self) -> str:
+        return f"{self.directory.uri}/{REPORT}"
+
+    def features(self) -> Features:
+        """Features of the generated images, in the order of their ids. Needs no torch."""
+        from diffusion_core.evaluation.features import Features
+
+        return Features.from_bytes(self.directory.read(FEATURES))
+
+
+def run(request: EvaluateRequest) -> EvaluateResult:
+    """Evaluate, and attach the figures to the MLflow run."""
+    started = time.monotonic()
+    done = evaluate(request.store, request.bundle_uri, request.dataset_uri, request.evaluation, request.resources)
+    if request.mlflow_run_id:
+        attach(request.store, done, request.mlflow_run_id)
+    return EvaluateResult(
+        seconds=time.monotonic() - started,
+        reused=done.reused,
+        uri=done.uri,
+        figures=done.report["figures"],
+        floor=done.report["floor"],
+    )
+
+
+def evaluate(
+    store: str, bundle_uri: str, dataset_uri: str, config: EvaluationConfig, resources: Resources
+) -> Evaluation:
+    """Measure a bundle, or find that it was measured: `<store>/evaluations/<id>/evaluation.json`.
+
+    The id is a digest of the bundle's digest, the dataset version, the extractor and the evaluation's identity fields.
+    Uses the Ray that is initialised, else starts one for as long as images are made.
+
+    Raises:
+        UserError: no bundle or dataset there, images of different shapes, too few held-out images, or samples failed.
+    """
+    dataset, bundle = open_dataset(dataset_uri), read_bundle_config(bundle_uri)
+    samples = samples_of(config, dataset)
+    check_comparable(bundle, dataset)
+    parts = ["evaluation", _ALGORITHM, bundle_digest(bundle_uri), dataset.version]
+    evaluation_id = digest(*parts, extractor_identity(config, dataset.version), config)
+    directory = Directory(store) / f"evaluations/{evaluation_id}"
+    if directory.exists(REPORT):
+        return Evaluation(directory, directory.read_json(REPORT), reused=True)
+    images = _samples(store, bundle_uri, bundle, dataset, config, samples, resources)
+    report = _measure(directory, images, dataset, config, samples)
+    about = {
+        "schema_version": 1,
+        "evaluation_id": evaluation_id,
+        "bundle": {"uri": bundle_uri, "digest": parts[2], "run_id": bundle.run_id, "images_seen": bundle.images_seen},
+        "dataset": {"name": dataset.name, "version": dataset.version, "uri": dataset.uri},
+        "configuration": json.loads(json.dumps(identity(config))),
+        "image_set": images.uri,
+    }
+    directory.create_json(REPORT, {**about, **report})
+    return Evaluation(directory, directory.read_json(REPORT), reused=False)
+
+
+def attach(store: str, done: Evaluation, mlflow_run_id: str) -> None:
+    """Show the figures and the floor on an MLflow run, once."""
+    marker = f"attached/{mlflow_run_id}.json"
+    if done.directory.exists(marker):
+        return
+    from diffusion_core.tracking import record_figures
+
+    named = {f"evaluation/{name}": value for name, value in done.report["figures"].items()}
+    named |= {f"evaluation/floor/{name}": value for name, value in done.report["floor"].items()}
+    record_figures(store, mlflow_run_id, named, done.report["bundle"]["images_seen"])
+    done.directory.create_json(marker, {"evaluation_id": done.report["evaluation_id"]})
+
+
+def samples_of(config: EvaluationConfig, dataset: ImageDataset) -> int:
+    """N, the number of images on each side of the comparison. `UserError` if the dataset is too small for any."""
+    least = max(_LEAST, config.neighbours + 1)
+    samples = min(config.samples, dataset.num_rows("test"), dataset.num_rows("train"))
+    if samples < least:
+        raise UserError(
+            f"The dataset {dataset.uri} has {dataset.num_rows('test')} test and {dataset.num_rows('train')} training "
+            f"images; with evaluation.neighbours = {config.neighbours} at least {least} of each are needed: "
+            "shard it again with a larger dataset.test_fraction."
+        )
+    return samples
+
+
+def check_comparable(bundle: BundleConfig, dataset: ImageDataset) -> None:
+    """A model is measured against images of its own shape, and of its own classes if it has any."""
+    if tuple(bundle.image_shape) != dataset.image_shape:
+        raise UserError(
+            f"The model makes images of {_size(bundle.image_shape)} and the dataset {dataset.uri} has images of "
+            f"{_size(dataset.image_shape)}: they cannot be compared."
+        )
+    if bundle.class_names and dataset.class_names and list(bundle.class_names) != list(dataset.class_names):
+        raise UserError(
+            f"The model's classes ({', '.join(bundle.class_names[:5])}, …) are not those of the dataset {dataset.uri} "
+            f"({', '.join(dataset.class_names[:5])}, …): they cannot be compared."
+        )
+
+
+def _samples(
+    store: str,
+    bundle_uri: str,
+    bundle: BundleConfig,
+    dataset: ImageDataset,
+    config: EvaluationConfig,
+    samples: int,
+    resources: Resources,
+) -> ImageSet:
+    """The images to measure, as an image set of their own: ids 0 to N − 1."""
+    from diffusion_core.jobs.generate import generate
+
+    labels: str | tuple[int, ...] = "balanced"
+    if bundle.class_names and dataset.class_names and config.labels is EvaluationLabels.dataset:
+        held_out = dataset.read("test", limit=samples).labels
+        labels = tuple(held_out.tolist()) if held_out is not None else labels
+    generation = GenerationConfig(
+        sampler=config.sampler,
+        guidance=config.guidance,
+        seed=config.seed,
+        labels=labels,
+        batch_size=config.batch_size,
+        images_per_shard=config.batch_size * max(1, 256 // config.batch_size),
+        first_image_id=0,
+        count=samples,
+    )
+    return generate(bundle_uri, generation, store, resources, stage="samples to evaluate").images
+
+
+def _measure(
+    directory: Directory, images: ImageSet, dataset: ImageDataset, config: EvaluationConfig, samples: int
+) -> dict[str, Any]:
+    """Features and figures of both sides. Keeps the features, for later comparisons, and a picture."""
+    from diffusion_core.evaluation.features import Measurer
+    from diffusion_core.evaluation.report import accuracy_by_class, figures, picture, sentence
+
+    measurer = Measurer(config, dataset)
+    reference: Reference = measurer.reference(samples)
+    generated = measurer.measure(_blocks(images, samples), samples, "generated images")
+    report = {
+        "samples": samples,
+        "samples_note": f"N = min(evaluation.samples = {config.samples}, held-out images); the floor has the same N.",
+        "reference": f"train split, {reference.statistics.count} images",
+        "extractor": {"kind": measurer.extractor.kind, "digest": measurer.extractor.digest},
+        "figures": figures(reference, generated, config),
+        "floor": figures(reference, reference.held_out, config),
+        "accuracy_by_class": accuracy_by_class(generated, dataset.class_names),
+    }
+    shown = min(samples, 64)
+    directory.write(PICTURE, picture(report, dataset.read("test", limit=shown).images, images.read(0, shown)[0]))
+    directory.write(FEATURES, generated.to_bytes())
+    logger.info("evaluated %s", sentence(report))
+    return report
+
+
+def _blocks(images: ImageSet, samples: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    for first in range(0, samples, _BLOCK):
+        yield images.read(first, min(_BLOCK, samples - first))
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+if __name__ == "__main__":
+    sys.exit(main("evaluate", EvaluateRequest, run))
