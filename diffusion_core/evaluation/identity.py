@@ -26,6 +26,16 @@ def weights_identity(data: bytes) -> str:
     return digest("inception", hashlib.sha256(data).hexdigest())
 
 
+def distance_name(config: EvaluationConfig) -> str:
+    """What the Fréchet distance is called: FID with Inception's features, and only then."""
+    return "fid" if config.extractor is Extractor.inception else "frechet_distance"
+
+
+def kernel_name(config: EvaluationConfig) -> str:
+    """What the kernel distance is called: KID with Inception's features, and only then."""
+    return "kid" if config.extractor is Extractor.inception else "kernel_distance"
+
+
 def read_weights(uri: str) -> bytes:
     """The content of a weights file; `UserError` if there is none."""
     parent, _, name = uri.rpartition("/")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import pickle
+
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_core.evaluation.config import EvaluationConfig, Extractor
+from diffusion_core.evaluation.config import EvaluationConfig
 from diffusion_core.evaluation.distances import (
     GaussianStatistics,
     frechet_distance,
@@ -16,20 +16,11 @@ from diffusion_core.evaluation.distances import (
     precision_recall,
 )
 from diffusion_core.evaluation.features import Features, Reference
+from diffusion_core.evaluation.identity import distance_name, kernel_name
 
 SCHEMA_VERSION = 1
 _SHOWN = 8  # images a side in the picture
 _TILE, _GAP, _BAR = 32, 2, 260
-
-
-def distance_name(config: EvaluationConfig) -> str:
-    """What the Fréchet distance is called: FID with Inception's features, and only then."""
-    return "fid" if config.extractor is Extractor.inception else "frechet_distance"
-
-
-def kernel_name(config: EvaluationConfig) -> str:
-    """What the kernel distance is called: KID with Inception's features, and only then."""
-    return "kid" if config.extractor is Extractor.inception else "kernel_distance"
 
 
 def figures(reference: Reference, measured: Features, config: EvaluationConfig) -> dict[str, float]:

@@ -7,6 +7,9 @@ Without MLFLOW_TRACKING_URI the record is a SQLite file in a local store, `<stor
 from diffusion_core.tracking.connection import tracking_uri, without_secrets
 from diffusion_core.tracking.models import ResolvedModel, check_alias, list_models, resolve_model
 from diffusion_core.tracking.registry import (
+    CANDIDATE,
+    CHAMPION,
+    ServingDefaults,
     champion,
     champion_history,
     promote,
@@ -14,12 +17,16 @@ from diffusion_core.tracking.registry import (
     rollback,
     set_alias,
     tag_version,
+    was_rolled_back,
 )
 from diffusion_core.tracking.runs import RunRecorder, record_figures
 
 __all__ = [
+    "CANDIDATE",
+    "CHAMPION",
     "ResolvedModel",
     "RunRecorder",
+    "ServingDefaults",
     "champion",
     "champion_history",
     "check_alias",
@@ -32,5 +39,6 @@ __all__ = [
     "set_alias",
     "tag_version",
     "tracking_uri",
+    "was_rolled_back",
     "without_secrets",
 ]

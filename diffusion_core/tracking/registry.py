@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 CHAMPION, CANDIDATE = "champion", "candidate"
 HISTORY = "champion_history"  # tag of the registered model: JSON list of version numbers, the present champion last
+ROLLED_BACK = "rolled_back"  # tag of a version that rollback took the alias from
 _HISTORY_LENGTH = 100
 _REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "pyarrow", "pydantic", "safetensors", "tenacity", "torch")
 
@@ -125,9 +126,15 @@ def promote(model: str, version: int, store: str | Directory) -> None:
     """Make a version the champion, whatever the gate said. `UserError` if there is no such version."""
     find_version(f"models:/{model}/{version}", store)
     history = champion_history(store, model)
-    if history and history[-1] == version:
-        return
-    _set_champion(store, model, [*history, version])
+    if was_rolled_back(store, model, version):
+        client(store).delete_model_version_tag(model, str(version), ROLLED_BACK)
+    if not history or history[-1] != version:
+        _set_champion(store, model, [*history, version])
+
+
+def was_rolled_back(store: str | Directory, model: str, version: int) -> bool:
+    """True if the version was champion and `rollback` ended that: then only `promote` brings it back, no gate."""
+    return ROLLED_BACK in find_version(f"models:/{model}/{version}", store).tags
 
 
 def rollback(model: str, store: str | Directory) -> int:
@@ -143,6 +150,7 @@ def rollback(model: str, store: str | Directory) -> int:
     earlier = [version for version in history[:-1] if version in existing]
     if not earlier:
         raise UserError(f"Version {history[-1]} is the first champion of the model {model!r}: there is none before it.")
+    tag_version(store, model, history[-1], {ROLLED_BACK: f"to version {earlier[-1]}"})
     _set_champion(store, model, earlier)
     return earlier[-1]
 
