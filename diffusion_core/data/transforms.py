@@ -44,8 +44,11 @@ class Transform:
         Raises:
             RejectedItem: the item is not an image, is damaged, too large or too small.
         """
-        image = open_upright(item, self.config)
-        image = _flat(image, self.config)
+        upright = open_upright(item, self.config)
+        try:
+            image = _flat(upright, self.config)
+        except ValueError as error:
+            raise RejectedItem(f"its pixels cannot be converted: {_short(error)}") from error
         if (image.height, image.width) != self.size:
             image = self._resized(image)
         pixels = np.asarray(image, np.uint8)
@@ -114,6 +117,8 @@ def _flat(image: Image.Image, config: DatasetConfig) -> Image.Image:
         image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise RejectedItem("32-bit pixels have no known scale")
+    elif image.mode not in ("1", "L", "P", "RGB"):
+        image = image.convert("RGB")
     return image if image.mode == wanted else image.convert(wanted)
 
 

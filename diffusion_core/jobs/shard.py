@@ -13,6 +13,7 @@ import json
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -207,13 +208,17 @@ def _on_cluster(
             return {"answer": "", "error": str(error)}
 
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        careful,
-        num_cpus=resources.cpus_per_worker,
-        concurrency=resources.workers,
-        max_retries=resources.max_failures,
-    )
+    context.enable_progress_bars = context.print_on_execution_start = False
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it would warn that there are no bars
+    with warnings.catch_warnings():
+        # Ray Data retries for ever unless told otherwise, and this deprecated way is the only one to tell it.
+        warnings.simplefilter("ignore")
+        data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+            careful,
+            num_cpus=resources.cpus_per_worker,
+            compute=ray.data.TaskPoolStrategy(size=resources.workers),
+            max_retries=resources.max_failures,
+        )
     for answer in data.iter_rows():
         if answer["error"]:
             raise UserError(answer["error"])

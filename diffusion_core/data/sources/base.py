@@ -137,9 +137,9 @@ def split_named(word: str) -> str | None:
     return next((split for split, words in _SPLIT_WORDS.items() if word.lower() in words), None)
 
 
-def split_in(file_name: str) -> str | None:
-    """The split that a file name contains as a word: `train-00000-of-00002.parquet`, `data_test.parquet`."""
-    words = re.split(r"[^a-z0-9]+|(?<=[a-z])(?=\d)", file_name.lower())
+def split_in(key: str) -> str | None:
+    """The split that a file's name, or else one of its folders, contains as a word: `train-00000.parquet`, `test/0`."""
+    words = (word for part in reversed(key.split("/")) for word in re.split(r"[^a-z0-9]+", part.lower()))
     return next((split for word in words if (split := split_named(word))), None)
 
 
@@ -177,6 +177,8 @@ def distinct_values(values: Sequence[Any] | np.ndarray) -> tuple[list[Any], np.n
     if isinstance(values, np.ndarray):
         unique, inverse = np.unique(values, return_inverse=True)
         return unique.tolist(), inverse
+    if odd := next((value for value in values if isinstance(value, (list, dict))), None):
+        _checked(odd)
     numbers: dict[Any, int] = {}
     inverse = np.fromiter((numbers.setdefault(value, len(numbers)) for value in values), np.int64, len(values))
     return list(numbers), inverse
@@ -205,6 +207,7 @@ def _is_no_label(value: Any) -> bool:
 
 
 def _checked(value: Any) -> str:
+    """A label as text; `UserError` if it is neither text nor a whole number."""
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if not whole and not isinstance(value, str):
         raise UserError(f"The label {value!r} is not accepted: labels are text or whole numbers.")
