@@ -115,7 +115,7 @@ def shard(
 
     request = config.shard_request()
     preflight.check_shard(request, config.backend)
-    _show(run_flow("shard_dataset", config.store, request, config.backend), shard_rows, as_json)
+    _show(run_flow("shard_dataset", request, config.backend), shard_rows, as_json)
 
 
 @app.command()
@@ -156,7 +156,7 @@ def train(
         experiment=config.name,
     )
     preflight.check_train(request, config.backend)
-    _show(run_flow("train_model", config.store, request, config.backend), train_rows, as_json)
+    _show(run_flow("train_model", request, config.backend), train_rows, as_json)
 
 
 @app.command()
@@ -192,7 +192,7 @@ def evaluate(
         mlflow_run_id=bundle.config.mlflow_run_id,
     )
     preflight.check_evaluate(request, config.backend)
-    _show(run_flow("evaluate_model", config.store, request, config.backend), evaluate_rows, as_json)
+    _show(run_flow("evaluate_model", request, config.backend), evaluate_rows, as_json)
 
 
 @app.command()
@@ -258,7 +258,7 @@ def generate(
         store=config.store, resources=config.resources.generate, model=reference, generation=config.generation
     )
     preflight.check_generate(request, config.backend)
-    _show(run_flow("generate_images", config.store, request, config.backend), generate_rows, as_json)
+    _show(run_flow("generate_images", request, config.backend), generate_rows, as_json)
 
 
 def _config(
@@ -274,7 +274,7 @@ def _pipeline(config: PipelineConfig, settings: str, as_json: bool) -> None:
     from flows.runner import run_flow
 
     preflight.check_pipeline(config)
-    result = run_flow("diffusion_pipeline", config.store, config)
+    result = run_flow("diffusion_pipeline", config)
     _show(result, results.pipeline_rows, as_json)
     if not as_json:
         typer.echo("\nnext:")

@@ -26,14 +26,14 @@ def add_to(app: typer.Typer) -> None:
 
 def promote(
     model: ModelName,
-    version: Annotated[int, typer.Argument(help="Version that becomes the champion.", min=1)],
+    version: Annotated[int, typer.Argument(help="Version that becomes the champion.")],
     store: o.Store = None,
     as_json: o.Json = False,
 ) -> None:
     """Make a version the champion, whatever the gate said."""
     from diffusion_core import tracking
 
-    tracking.promote(model, version, store or DEFAULT_STORE)
+    tracking.promote(model, version, _place(store))
     _say_champion(model, version, as_json)
 
 
@@ -41,7 +41,7 @@ def rollback(model: ModelName, store: o.Store = None, as_json: o.Json = False) -
     """Give the alias champion back to the version that held it before."""
     from diffusion_core import tracking
 
-    _say_champion(model, tracking.rollback(model, store or DEFAULT_STORE), as_json)
+    _say_champion(model, tracking.rollback(model, _place(store)), as_json)
 
 
 def lineage(
@@ -53,7 +53,7 @@ def lineage(
     """Say where something comes from: image, shard, set, model version, run, dataset version, source."""
     from flows.lineage import lineage as trace
 
-    steps = trace(reference, store or DEFAULT_STORE, image)
+    steps = trace(reference, _place(store), image)
     if as_json:
         print_json(steps)
         return
@@ -78,7 +78,7 @@ def reproduce(
     from flows import find
     from flows import lineage as origins
 
-    place = store or DEFAULT_STORE
+    place = _place(store)
     images = open_imageset(find.image_set(reference, place))
     ids = image or [first for first, _ in images.ranges()[:1]]
     rows = origins.reproduce(reference, place, ids)
@@ -98,7 +98,7 @@ def verify(reference: Reference, store: o.Store = None, as_json: o.Json = False)
     """Read a set, a dataset version or a bundle again and compare every digest with what is recorded."""
     from flows.lineage import verify as check
 
-    what, problems = check(reference, store or DEFAULT_STORE)
+    what, problems = check(reference, _place(store))
     if as_json:
         print_json({"verified": what, "problems": problems})
     else:
@@ -120,7 +120,7 @@ def prune(
     from flows import prune as pruning
     from flows.settings import seconds
 
-    found = pruning.candidates(store or DEFAULT_STORE, seconds(older_than, "--older-than"), unused)
+    found = pruning.candidates(_place(store), seconds(older_than, "--older-than"), unused)
     for candidate in found if yes else []:
         pruning.remove(candidate)
     if as_json:
@@ -145,16 +145,24 @@ def list_kind(
         raise UserError(f"list {kind}: there is no such list; accepted are {', '.join(KINDS)}.")
     from flows.preflight import check_readable
 
-    check_readable(store or DEFAULT_STORE)
-    rows = KINDS[kind](store or DEFAULT_STORE)
+    check_readable(_place(store))
+    rows = KINDS[kind](_place(store))
     if as_json:
         print_json(rows)
     else:
-        typer.echo(_table(rows) or f"no {kind} in {store or DEFAULT_STORE}")
+        typer.echo(_table(rows) or f"no {kind} in {_place(store)}")
 
 
 def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _place(store: str | None) -> str:
+    """The store that is meant; a stack that runs for it serves its records."""
+    from flows import stack
+
+    stack.adopt(store or DEFAULT_STORE)
+    return store or DEFAULT_STORE
 
 
 def _say_champion(model: str, version: int, as_json: bool) -> None:

@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--store", default=os.environ.get("DIFFUSION_STORE", "store"), help="Root of the store.")
     parser.add_argument("--limit", type=int, default=1, help="Flows that run at once.")
     options = parser.parse_args()
-    prepare_prefect(options.store)
+    prepare_prefect()
     serve(*deployments(options.store), pause_on_shutdown=False, limit=options.limit)
 
 

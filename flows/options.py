@@ -1,4 +1,7 @@
-"""The options that several verbs of the command share."""
+"""The options that several verbs of the command share.
+
+Numbers are taken as text: the configuration checks them, and says which field does not accept which value.
+"""
 
 from __future__ import annotations
 
@@ -28,23 +31,25 @@ ImageSize = Annotated[
     str | None, typer.Option("--image-size", help="Size in pixels, as 32, or height and width, as 32x48.")
 ]
 Dataset = Annotated[str | None, typer.Option("--dataset", help="Dataset version: name, name/version or URI.")]
-Images = Annotated[int | None, typer.Option("--images", help="Train until this many images were seen.")]
+Images = Annotated[str | None, typer.Option("--images", metavar="N", help="Train until this many images were seen.")]
 TimeBudget = Annotated[str | None, typer.Option("--time-budget", help="Stop training after this time, as 20m or 1200.")]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images of one optimizer step.")]
+BatchSize = Annotated[str | None, typer.Option("--batch-size", metavar="N", help="Images of one optimizer step.")]
 InitFrom = Annotated[
     str | None, typer.Option("--init-from", help="Bundle or models:/name@alias to start training from.")
 ]
-Workers = Annotated[int | None, typer.Option("--workers", help="Workers of each stage.")]
-Samples = Annotated[int | None, typer.Option("--samples", help="Images that the evaluation generates.")]
-Count = Annotated[int | None, typer.Option("--count", help="Images to generate.")]
+Workers = Annotated[str | None, typer.Option("--workers", metavar="N", help="Workers of each stage.")]
+Samples = Annotated[str | None, typer.Option("--samples", metavar="N", help="Images that the evaluation generates.")]
+Count = Annotated[str | None, typer.Option("--count", metavar="N", help="Images to generate.")]
 FirstImageId = Annotated[
-    int | None, typer.Option("--first-image-id", help="First image id; default: the next free one.")
+    str | None, typer.Option("--first-image-id", metavar="N", help="First image id; default: the next free one.")
 ]
 Labels = Annotated[
     str | None, typer.Option("--labels", help="balanced, classes as 3,5 or cat,dog, or a file of labels.")
 ]
-Steps = Annotated[int | None, typer.Option("--steps", help="Sampler steps of the generation.")]
-Guidance = Annotated[float | None, typer.Option("--guidance", help="Guidance scale of the generation; 1 is neutral.")]
+Steps = Annotated[str | None, typer.Option("--steps", metavar="N", help="Sampler steps of the generation.")]
+Guidance = Annotated[
+    str | None, typer.Option("--guidance", metavar="N", help="Guidance scale of the generation; 1 is neutral.")
+]
 Format = Annotated[str | None, typer.Option("--format", help="parquet, webdataset or png.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the generation.")]
+Seed = Annotated[str | None, typer.Option("--seed", metavar="N", help="Seed of the generation.")]
 Backend = Annotated[str | None, typer.Option("--backend", help="local, or jobs (the Ray Jobs API).")]

@@ -12,6 +12,7 @@ import re
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -24,9 +25,11 @@ from diffusion_core.jobs.backend import BackendConfig, BackendKind, jobs_address
 from diffusion_core.jobs.requests import EvaluateRequest, GenerateRequest, Resources, ShardRequest, TrainRequest
 from diffusion_core.networks.config import UNetConfig, check_image_size
 from diffusion_core.storage import Directory, check_reachable
+from diffusion_core.tracking import tracking_uri
 from flows.config import PipelineConfig
 
 CONNECT_TIMEOUT_S = 2.0
+LISTED_AT_ONCE = 5_000
 DIGITS_SIZE = (8, 8)
 
 
@@ -115,19 +118,21 @@ def check_source(source: SourceConfig) -> None:
         return
     uri = str(source.uri)
     place = Directory(uri)
-    if not place.is_local:
+    if place.is_local:
+        _check_local_source(uri, Path(place.uri))
+    else:
         check_reachable(uri, writable=False)
-        parent, _, name = uri.rstrip("/").rpartition("/")
-        if next(iter(place.list()), None) is None and not (parent.count("/") > 1 and Directory(parent).exists(name)):
-            raise UserError(f"source.uri: there is nothing at {uri}.")
-        return
-    path = Path(place.uri)
+    if len(list(islice(place.list(), LISTED_AT_ONCE))) < LISTED_AT_ONCE:  # the job lists a larger one soon enough
+        from diffusion_core.data.sources import open_source
+
+        open_source(source)
+
+
+def _check_local_source(uri: str, path: Path) -> None:
     if not path.exists():
         raise UserError(f"source.uri: {uri} does not exist; give a folder or file of images, or an s3:// URI.")
     if not os.access(path, os.R_OK):
         raise UserError(f"source.uri: {uri} cannot be read: permission is denied.")
-    if path.is_dir() and not _has_files(path):
-        raise UserError(f"source.uri: the folder {uri} is empty; it must hold images (or Parquet, IDX or .npz files).")
     if path.is_file() and path.stat().st_size == 0:
         raise UserError(f"source.uri: the file {uri} is empty.")
 
@@ -241,11 +246,8 @@ def check_services(store: str, backend: BackendConfig, mlflow: bool = True) -> N
         if Directory(store).is_local:
             _check_shared(store)
         _check_address("RAY_API_SERVER_ADDRESS", jobs_address(), default_port=8265)
-    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if mlflow and tracking_uri.startswith(("http://", "https://")):
-        _check_address(
-            "MLFLOW_TRACKING_URI", tracking_uri, default_port=443 if tracking_uri.startswith("https") else 80
-        )
+    if mlflow and (record := tracking_uri(store)).startswith(("http://", "https://")):
+        _check_address("MLFLOW_TRACKING_URI", record, default_port=443 if record.startswith("https") else 80)
 
 
 def check_prefect() -> None:
@@ -284,10 +286,6 @@ def _gpus() -> int:
     with suppress(OSError):
         return sum(bool(re.fullmatch(r"nvidia\d+", name)) for name in os.listdir("/dev"))
     return 0
-
-
-def _has_files(folder: Path) -> bool:
-    return any(not name.startswith(".") for _, _, names in os.walk(folder) for name in names)
 
 
 def _shape(shape: Sequence[int]) -> str:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from diffusion_core.jobs import requests as r
 from diffusion_core.jobs.backend import BackendConfig, run_job
 from diffusion_core.progress import ProgressEvent
-from flows import preflight, stack
+from flows import preflight
 from flows.display import shown
 
 PREFECT_DEFAULTS = {
@@ -23,9 +23,9 @@ PREFECT_DEFAULTS = {
 }
 
 
-def run_flow(name: str, store: str, *arguments: Any) -> Any:
+def run_flow(name: str, *arguments: Any) -> Any:
     """Run the flow `name` of `flows.pipeline` in this process and return its result; raises what its stages raise."""
-    prepare_prefect(store)
+    prepare_prefect()
     signal.signal(signal.SIGTERM, _leave)
     with shown() as display:
         display.say(
@@ -51,10 +51,8 @@ def run_alone(stage: str, request: r.Request, backend: BackendConfig) -> Any:
         return run_job(stage, request, result_type, backend, on_progress=follow)
 
 
-def prepare_prefect(store: str) -> None:
+def prepare_prefect() -> None:
     """Settings that have to stand in the environment before Prefect is imported; those of the user win."""
-    if "PREFECT_API_URL" not in os.environ and (url := stack.prefect_api_url(store)):
-        os.environ["PREFECT_API_URL"] = url
     for name, value in PREFECT_DEFAULTS.items():
         os.environ.setdefault(name, value)
     preflight.check_prefect()

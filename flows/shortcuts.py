@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusion_core.config import UserError
+from flows import stack
 from flows.config import PipelineConfig, StageResources
 from flows.settings import load_config, preset_names, seconds
 
@@ -47,7 +48,9 @@ def load(
     if given.get("labels") is not None:
         shortcuts["generation.labels"] = _labels(given["labels"])
     unneeded = None if source_needed else {"name": "diffusion", "source": {"kind": "digits"}}
-    return load_config(preset, file, settings, shortcuts, unneeded)
+    config = load_config(preset, file, settings, shortcuts, unneeded)
+    stack.adopt(config.store)
+    return config
 
 
 def _source(source: str | None) -> dict[str, Any]:

@@ -73,14 +73,18 @@ def status(store: str) -> list[Service]:
     """The services that were started for this store, alive or not."""
     found = []
     for name in SERVICES:
-        with suppress(FileNotFoundError, json.JSONDecodeError, TypeError):
+        with suppress(OSError, ValueError, TypeError):
             found.append(Service(**json.loads((folder(store) / f"{name}.json").read_text())))
     return found
 
 
-def prefect_api_url(store: str) -> str | None:
-    """The Prefect API of the stack of this store, if it runs."""
-    return next((f"{item.url}/api" for item in status(store) if item.name == "prefect" and item.alive), None)
+def adopt(store: str) -> None:
+    """Use the servers of this store's stack, if it runs, where the environment names no others."""
+    urls = {service.name: service.url for service in status(store) if service.alive}
+    if urls.get("prefect"):
+        os.environ.setdefault("PREFECT_API_URL", f"{urls['prefect']}/api")
+    if urls.get("mlflow") and not Directory(store).is_local:  # of a local store everyone opens the database itself
+        os.environ.setdefault("MLFLOW_TRACKING_URI", str(urls["mlflow"]))
 
 
 def folder(store: str) -> Path:
