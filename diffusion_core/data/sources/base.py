@@ -177,7 +177,7 @@ def distinct_values(values: Sequence[Any] | np.ndarray) -> tuple[list[Any], np.n
     if isinstance(values, np.ndarray):
         unique, inverse = np.unique(values, return_inverse=True)
         return unique.tolist(), inverse
-    if odd := next((value for value in values if isinstance(value, (list, dict))), None):
+    if (odd := next((value for value in values if isinstance(value, (list, dict))), None)) is not None:
         _checked(odd)
     numbers: dict[Any, int] = {}
     inverse = np.fromiter((numbers.setdefault(value, len(numbers)) for value in values), np.int64, len(values))
