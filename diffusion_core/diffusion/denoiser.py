@@ -106,10 +106,11 @@ def dynamic_threshold(x0: Tensor, quantile: float) -> Tensor:
         in range is left alone.
     """
     # torch.quantile refuses more than 16 million elements, hence sorting.
-    ordered = x0.flatten(1).abs().float().sort(dim=1).values
+    wide = x0.to(torch.promote_types(x0.dtype, torch.float32))
+    ordered = wide.flatten(1).abs().float().sort(dim=1).values
     place = quantile * (ordered.shape[1] - 1)
     below = int(place)
     above = min(below + 1, ordered.shape[1] - 1)
     limit = torch.lerp(ordered[:, below], ordered[:, above], place - below).clamp(min=1.0)
-    limit = limit.to(x0.dtype).reshape(-1, *(1,) * (x0.ndim - 1))
-    return torch.clamp(x0, -limit, limit) / limit
+    limit = limit.to(wide.dtype).reshape(-1, *(1,) * (x0.ndim - 1))
+    return (torch.clamp(wide, -limit, limit) / limit).to(x0.dtype)

@@ -65,7 +65,7 @@ class GaussianProcess:
     def q_sample(self, x0: Tensor, t: Time, noise: Tensor) -> Tensor:
         """x_t = alpha(t) * x0 + sigma(t) * noise (Ho et al. 2020, eq. 4)."""
         x0, alpha, sigma = self._gather(x0, t)
-        return alpha * x0 + sigma * noise
+        return alpha * x0 + sigma * noise.to(x0.dtype)
 
     def posterior(self, x0: Tensor, x_t: Tensor, t: Time, s: Time | None = None) -> Posterior:
         """q(x_s | x_t, x_0) (Ho et al. 2020, eq. 6 and 7), with s = t-1 unless it is given.

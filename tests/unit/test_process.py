@@ -58,7 +58,7 @@ def test_each_image_has_its_own_time() -> None:
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 def test_half_precision_images_get_their_noise_at_the_first_timesteps(kind: str, dtype: torch.dtype) -> None:
     schedule = make_schedule(kind)
-    x0, noise = torch.full((1, 1000), 0.9, dtype=dtype), torch.randn(1, 1000)
+    x0, noise = torch.full((1, 1000), 0.9, dtype=dtype), torch.randn(1, 1000).to(dtype)
     for t in (0, 5):
         x_t = GaussianProcess(schedule).q_sample(x0, t, noise)
         assert x_t.dtype == torch.float32
