@@ -65,7 +65,10 @@ class Denoiser:
         """
         # float32 holds every discrete timestep; networks embed t in float32 anyway.
         dtype = torch.promote_types(x_t.dtype, torch.float32)
-        times = torch.as_tensor(t, device=x_t.device).to(dtype).expand(len(x_t))
+        if isinstance(t, Tensor):
+            times = t.to(device=x_t.device, dtype=dtype).expand(len(x_t))
+        else:
+            times = torch.full((len(x_t),), t, dtype=dtype, device=x_t.device)
         x0_hat = self.process.predict_x0(x_t, t, self._output(x_t, times).to(dtype))
         if self.threshold is Threshold.STATIC:
             return x0_hat.clamp(-1.0, 1.0)

@@ -181,8 +181,9 @@ def _wide(x: Tensor) -> Tensor:
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
     """A coefficient per image, (N,) or one number, in the dtype of `like` and shaped to multiply it."""
-    values = values.to(device=like.device, dtype=like.dtype)
-    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim)) if values.ndim else values
+    if values.ndim == 0:  # torch takes one number of the CPU as it is; copying it would make a GPU wait
+        return values.to(like.dtype)
+    return values.to(like).reshape(values.shape + (1,) * (like.ndim - values.ndim))
 
 
 def _member(kind: Any, value: Any, field: str) -> Any:

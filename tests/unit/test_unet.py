@@ -298,12 +298,12 @@ def test_it_learns_which_label_has_which_picture() -> None:
     for _ in range(60):
         t, noise = torch.randint(0, 1000, (64,)), torch.randn(64, 1, 8, 8)
         loss = process.training_losses(network, x0, t, noise, label=label).mean()
-        first = first if first is not None else float(loss)
+        first = first if first is not None else loss.item()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert first == pytest.approx(1, abs=0.1)
-    assert float(loss) < 0.25
+    assert loss.item() < 0.25
     with torch.no_grad():
         t, noise = torch.full((64,), 600), torch.randn(64, 1, 8, 8)
         right = process.training_losses(network, x0, t, noise, label=label).mean()
