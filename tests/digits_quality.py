@@ -46,9 +46,8 @@ def main() -> None:
 
     uri, *wanted = sys.argv[1:]
     first, count = (int(number) for number in wanted) if wanted else (0, 1000)
-    batch = open_imageset(uri).read(first, count)
-    figures = {"images": len(batch.images), "legible": legible(batch.images, batch.labels), "recall": recall(batch.images)}
-    print(json.dumps(figures))
+    images, labels = open_imageset(uri).read(first, count)
+    print(json.dumps({"images": len(images), "legible": legible(images, labels), "recall": recall(images)}))
 
 
 if __name__ == "__main__":
