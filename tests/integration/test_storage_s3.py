@@ -163,7 +163,11 @@ def _expect_within_3_seconds(uri: str, sentence: str) -> None:
 
 
 class Faults(http.server.ThreadingHTTPServer):
-    """Stands between client and service and spoils the next answers: 'lost' after the work was done, or 503 before."""
+    """Stands between client and service and spoils the next answers to one method.
+
+    "lost" and "cut" spoil the answer after the work was done; a status, as "503" or "412 PreconditionFailed", is
+    answered instead of doing the work; "" leaves a request alone.
+    """
 
     daemon_threads = True
 
@@ -184,10 +188,13 @@ class _FaultyHandler(http.server.BaseHTTPRequestHandler):
         fault = self.server.plan.pop(0) if self.server.plan and self.command == self.server.method else ""
         if self.server.ignore_conditions and "If-None-Match" in self.headers:
             fault = "200"  # as if the object had been replaced
-        if fault in ("503", "200"):
-            self.send_response(int(fault))
-            self.send_header("Content-Length", "0")
+        if fault[:1].isdigit():
+            status, _, code = fault.partition(" ")
+            answer_body = f"<Error><Code>{code}</Code></Error>".encode() if code else b""
+            self.send_response(int(status))
+            self.send_header("Content-Length", str(len(answer_body)))
             self.end_headers()
+            self.wfile.write(answer_body)
             return
         connection = http.client.HTTPConnection(self.server.upstream.hostname, self.server.upstream.port)
         connection.request(self.command, self.path, body, dict(self.headers.items()))
@@ -250,16 +257,25 @@ def test_a_commit_whose_answer_was_lost_is_still_ours(faults: Faults, s3_store: 
     assert place.read("claim") == b"mine"
 
 
+def test_parts_are_retried_one_by_one(faults: Faults, s3_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_s3, "PART_BYTES", 5 * MIB)
+    faults.plan = ["503", "lost"]
+    assert Directory(s3_store).create("large", b"a" * 6 * MIB) is True
+    assert Directory(s3_store).read("large") == b"a" * 6 * MIB
+
+
+@pytest.mark.parametrize("second_answer", ["412 PreconditionFailed", "404 NoSuchUpload"])
 def test_an_upload_in_parts_whose_answer_was_lost_is_still_ours(
-    faults: Faults, s3_store: str, monkeypatch: pytest.MonkeyPatch
+    faults: Faults, s3_store: str, monkeypatch: pytest.MonkeyPatch, second_answer: str
 ) -> None:
     monkeypatch.setattr(storage_s3, "PART_BYTES", 5 * MIB)
     place = Directory(s3_store)
-    faults.plan = ["503", "lost"]  # of the parts
-    assert place.create("one", b"a" * 6 * MIB) is True
-    faults.method, faults.plan = "POST", ["", "lost"]  # the start goes through, the answer to the end is lost
-    assert place.create("two", b"a" * 6 * MIB) is True
-    assert place.size("two") == 6 * MIB
+    faults.method, faults.plan = "POST", ["", "lost", second_answer]  # the start goes through, then the end is lost
+    assert place.create("large", b"a" * 6 * MIB) is True
+    assert faults.plan == [] and place.size("large") == 6 * MIB
+    monkeypatch.setattr(storage_s3.S3Prefix, "size", lambda *_: None)
+    faults.plan = ["", "503", "412 PreconditionFailed"]  # its second attempt finds the object of the first upload
+    assert place.create("large", b"b" * 6 * MIB) is False
 
 
 def test_a_lasting_failure_is_one_sentence(faults: Faults, s3_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
