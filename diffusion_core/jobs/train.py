@@ -264,7 +264,9 @@ class _Fit:
         from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        class QuietTrainer(TorchTrainer):
+        trainer: Any = TorchTrainer
+
+        class QuietTrainer(trainer):
             """Without the placement group cleaner, a detached actor that logs an error every second where Ray has no
             dashboard, and outlives the job there. Ray removes the group of a dead controller by itself."""
 

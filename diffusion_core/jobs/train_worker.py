@@ -1,14 +1,15 @@
 """What each worker of a training run executes, and how it and the job hear of each other: through the run's directory.
 
-The leader writes `progress.json` and looks for `attempts/<n>.stop.json`; whichever worker meets an error that the user
-can mend writes `attempts/<n>.error.json`. So a job on another machine, or a second one that merely watches, sees as
-much as the one that started the workers.
+Each worker writes where it is into `attempts/<n>.worker-<rank>.json`. The leader writes `progress.json` and looks for
+`attempts/<n>.stop.json`; whichever meets an error that the user can mend writes `attempts/<n>.error.json`. So a job on
+another machine, or a second one that merely watches, sees as much as the one that started the workers.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 from typing import Any
 
@@ -28,6 +29,10 @@ def stop_key(attempt: int) -> str:
 
 def error_key(attempt: int) -> str:
     return f"{attempt}.error.json"
+
+
+def worker_key(attempt: int, rank: int) -> str:
+    return f"{attempt}.worker-{rank}.json"
 
 
 def recorded_error(run: RunDirectory, attempt: int) -> str | None:
@@ -57,6 +62,7 @@ def work(order: dict[str, Any]) -> dict[str, Any] | None:
         return None  # a restart cannot mend what the user has to mend
     spec = TrainSpec.model_validate(order["spec"])
     world = World.join(ray.train.torch.get_device())
+    run.attempts.write_json(worker_key(attempt, world.rank), _whereabouts(world.device))
     watch = Watch(run, attempt, spec.training.target_images) if world.leads else None
     try:
         recorder = open_recorder(order["store"], run, spec, order["experiment"]) if world.leads else None
@@ -71,6 +77,18 @@ def work(order: dict[str, Any]) -> dict[str, Any] | None:
         if watch is not None:
             watch.close()
     return outcome.model_dump(mode="json")
+
+
+def _whereabouts(device: Any) -> dict[str, Any]:
+    import ray
+
+    context = ray.get_runtime_context()
+    return {
+        "node": context.get_node_id(),
+        "ip": ray.util.get_node_ip_address(),
+        "pid": os.getpid(),
+        "device": str(device),
+    }
 
 
 def open_recorder(store: str, run: RunDirectory, spec: TrainSpec, experiment: str) -> Any:

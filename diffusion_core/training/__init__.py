@@ -11,9 +11,10 @@ _HOMES = {
     "RunDirectory": "run",
     "TrainOutcome": "run",
     "World": "world",
+    "open_run": "run",
     "train": "loop",
 }
-__all__ = ["RunDirectory", "TrainOutcome", "TrainSpec", "TrainingConfig", "World", "train"]
+__all__ = ["RunDirectory", "TrainOutcome", "TrainSpec", "TrainingConfig", "World", "open_run", "train"]
 
 
 def __getattr__(name: str) -> Any:
