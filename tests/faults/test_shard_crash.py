@@ -1,0 +1,74 @@
+"""The shard job is killed midway. The same command finishes the work and does none of it twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from diffusion_core.data.config import DatasetConfig, SourceConfig
+from diffusion_core.data.shards import open_dataset
+from diffusion_core.jobs.requests import ShardRequest, ShardResult
+from tests.image_files import shard_here, write_images
+
+SHARDS = 24
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_a_killed_job_is_finished_by_running_it_again(ray_cluster, python, tmp_path, store):
+    root = write_images(tmp_path / "source", [f"{'ab'[i % 2]}/{i}.png" for i in range(480)], size=160)
+    (root / "a/zero.png").write_bytes(b"")
+    config = DatasetConfig(name="x", image_size=128, rows_per_shard=20, test_fraction=0.1)
+    request = ShardRequest(store=store, source=SourceConfig(uri=str(root)), dataset=config)
+    (tmp_path / "request.json").write_text(request.model_dump_json())
+    command = [python, "-m", "diffusion_core.jobs.shard", str(tmp_path / "request.json")]
+
+    job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    finished = wait_for_records(Path(store), 3, job)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.communicate()
+    settle(Path(store))
+    version = next((Path(store) / "datasets/x").glob("*/shards")).parent
+    assert not (version / "manifest.json").exists()
+    before = {path: path.stat().st_mtime_ns for path in version.rglob("part-*")}
+    assert 3 <= finished <= len(list((version / "work").glob("part-*.json"))) < SHARDS + 2
+
+    subprocess.run(command, check=True, timeout=150, capture_output=True)
+    result = ShardResult.model_validate_json((tmp_path / "result.json").read_bytes())
+    assert not result.reused and result.rejected == 1 and sum(result.splits.values()) == 480
+    for path, stamp in before.items():
+        if path.suffix == ".parquet":
+            assert path.stat().st_mtime_ns == stamp, f"{path.name} was written twice"
+    plain = shard_here(tmp_path / "plain", request.source, config)
+    assert open_dataset(result.uri).manifest["shards"] == plain.manifest["shards"]
+
+    uninterrupted = request.model_copy(update={"store": str(tmp_path / "other")})
+    (tmp_path / "request.json").write_text(uninterrupted.model_dump_json())
+    subprocess.run(command, check=True, timeout=150, capture_output=True)
+    assert tree(version) == tree(tmp_path / "other/datasets/x" / version.name)
+
+
+def wait_for_records(store: Path, count: int, job: subprocess.Popen) -> int:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        records = len(list(store.glob("datasets/x/*/work/part-*.json")))
+        if records >= count:
+            return records
+        assert job.poll() is None, f"the job ended before it was killed: {job.communicate()[1].decode()}"
+        time.sleep(0.005)
+    raise AssertionError("the job made no shard within two minutes")
+
+
+def settle(store: Path) -> None:
+    """Wait until the workers of the killed driver are gone: nothing is written any more."""
+    seen, since = -1, time.monotonic()
+    while time.monotonic() - since < 2:
+        now = len(list(store.rglob("part-*")))
+        if now != seen:
+            seen, since = now, time.monotonic()
+        time.sleep(0.05)
