@@ -9,6 +9,7 @@ from uuid import UUID
 
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.runtime import task_run
 
 from diffusion_core.jobs.backend import BackendConfig, JobLog, run_job
 from diffusion_core.jobs.requests import Request, Result
@@ -47,7 +48,8 @@ class _Follower:
         self._updated_at = 0.0
 
     def started(self, job: JobLog) -> None:
-        self._display.say(f"{self._stage} …")
+        again = " again, from where it broke" if task_run.run_count > 1 else ""
+        self._display.say(f"{self._stage}{again} …")
         self._log.info("%s: job %s, its files are in %s", self._stage, job.job_id, job.uri)
 
     def progress(self, event: ProgressEvent) -> None:

@@ -1,0 +1,184 @@
+"""The whole pipeline as the real Prefect flow, tiny: every stage's result, then again with everything found done."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_core.config import UserError
+from diffusion_core.storage import Directory
+from flows.settings import load_config
+
+COUNT = 32
+SETTINGS = [
+    "training.images=640",
+    "training.log_every_images=128",
+    "training.checkpoint_every_images=320",
+    "training.preview_every_images=0",
+    "network.base_channels=16",
+    "network.head_channels=16",
+    "network.blocks_per_level=1",
+    "evaluation.samples=32",
+    "evaluation.sampler.steps=4",
+    "evaluation.classifier.images=2000",
+    "evaluation.kid_subset_size=16",
+    "gate.resamples=20",
+    "gate.first_limit=100000000",
+    "gate.min_accuracy=null",
+    "generation.sampler.steps=4",
+    f"generation.count={COUNT}",
+    "generation.images_per_shard=16",
+    "generation.batch_size=16",
+]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return Directory(tmp_path_factory.mktemp("pipeline") / "store").uri
+
+
+@pytest.fixture(scope="module")
+def first(prefect_server: None, ray_cluster: object, store: str) -> Any:
+    """The result of the pipeline's first run."""
+    from flows.pipeline import diffusion_pipeline
+
+    return diffusion_pipeline(load_config("digits", settings=SETTINGS, shortcuts={"store": store}))
+
+
+@pytest.mark.timeout(400)
+def test_every_stage_has_its_result(first: Any, store: str) -> None:
+    assert not any(result.reused for result in first.stages.values())
+    assert sum(first.dataset.splits.values()) == 1797 and first.dataset.rejected == 0
+    assert first.run.images_seen == 640 and np.isfinite(first.run.loss)
+    assert set(first.evaluation.floor) <= set(first.evaluation.figures)
+    assert all(np.isfinite(value) for value in first.evaluation.figures.values())
+    assert (first.version.model, first.version.version, first.version.promoted) == ("digits", 1, True)
+    assert (first.images.images, first.images.generated, first.images.first_image_id) == (COUNT, COUNT, 0)
+    assert first.images.model_version == "digits/1"
+    assert Path(first.images.contact_sheet).read_bytes().startswith(b"\x89PNG")
+
+
+def test_prefect_shows_it(first: Any) -> None:
+    artifacts = _artifacts()
+    assert {"dataset", "run", "evaluation", "model-version", "image-set", "pipeline"} <= set(artifacts)
+    assert any(key.endswith("-progress") for key in artifacts)
+    sheet = artifacts["image-set"].partition("data:image/png;base64,")[2].partition(")")[0]
+    with Image.open(io.BytesIO(base64.b64decode(sheet))) as picture:
+        assert picture.size[0] > 8
+    figures = json.loads(artifacts["evaluation"])
+    assert {row["figure"] for row in figures} == set(first.evaluation.figures)
+    assert any(row["held-out real images (floor)"] is not None for row in figures)
+
+
+@pytest.mark.timeout(300)
+def test_again_finds_everything_done(first: Any, store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from flows.cli import main
+
+    options = [part for setting in SETTINGS for part in ("--set", setting)]
+    assert main(["pipeline", "--preset", "digits", "--store", store, *options, "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    for stage, result in (("dataset", first.dataset), ("run", first.run), ("version", first.version)):
+        assert again[stage]["reused"]
+        for field, value in result.model_dump(mode="json").items():
+            if field not in ("seconds", "reused", "reason", "figures", "images_per_second"):
+                assert again[stage][field] == value, (stage, field)
+    assert again["evaluation"]["figures"] == first.evaluation.figures
+    assert again["images"]["uri"] == first.images.uri and again["images"]["generated"] == 0
+
+
+def test_a_picture_answers_for_itself(first: Any, store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from flows.cli import main
+
+    assert main(["lineage", first.images.set_id, "--image", "17", "--store", store, "--json"]) == 0
+    steps = json.loads(capsys.readouterr().out)
+    chain = ["image", "shard", "image set", "model version", "bundle", "run", "dataset version", "source"]
+    assert [step["what"] for step in steps] == chain
+    by_name = {step["what"]: step for step in steps}
+    assert by_name["model version"]["id"] == "digits/1"
+    assert by_name["run"]["id"] == first.run.run_id and by_name["run"]["code_version"]
+    assert by_name["dataset version"]["id"] == first.dataset.version
+    assert by_name["source"]["id"] == "digits"
+    for reference, start in (
+        ("models:/digits@champion", "model version"),
+        (first.run.run_id, "bundle"),
+        (first.dataset.uri, "dataset version"),
+    ):
+        assert main(["lineage", reference, "--store", store, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)[0]["what"] == start
+
+
+def test_pictures_are_made_again_with_the_same_bytes(
+    first: Any, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flows.cli import main
+
+    assert main(["reproduce", first.images.uri, "--image", "3", "--image", "31", "--store", store, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["image_id"], row["same"]) for row in rows] == [(3, True), (31, True)]
+
+
+def test_verify_notices_a_changed_byte(first: Any, store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from flows.cli import main
+
+    for reference in (first.images.set_id, first.dataset.uri, first.run.bundle_uri, "models:/digits/1"):
+        assert main(["verify", reference, "--store", store]) == 0
+    shard = next(Path(first.images.uri).glob("shards/*.parquet"))
+    whole = shard.read_bytes()
+    try:
+        shard.write_bytes(whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:])
+        capsys.readouterr()
+        assert main(["verify", first.images.set_id, "--store", store, "--json"]) == 1
+        assert json.loads(capsys.readouterr().out)["problems"]
+    finally:
+        shard.write_bytes(whole)
+
+
+def test_the_store_lists_what_it_has(first: Any, store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from flows.cli import main
+
+    found = {}
+    for kind in ("models", "datasets", "imagesets", "runs"):
+        assert main(["list", kind, "--store", store, "--json"]) == 0
+        found[kind] = json.loads(capsys.readouterr().out)
+    assert [row["model"] for row in found["models"]] == ["models:/digits/1"]
+    assert "champion" in found["models"][0]["aliases"]
+    assert [row["uri"] for row in found["datasets"]] == [first.dataset.uri]
+    assert [(row["set"], row["images"]) for row in found["imagesets"]] == [(first.images.set_id, COUNT)]
+    assert first.run.run_id in [row["run"] for row in found["runs"]]
+    assert main(["prune", "--unused", "--older-than", "0s", "--store", store, "--json"]) == 0
+    going = [candidate["uri"] for candidate in json.loads(capsys.readouterr().out)["candidates"]]
+    assert going and all("/jobs/" in uri for uri in going)
+
+
+def test_a_users_mistake_is_not_tried_again(prefect_server: None, store: str, tmp_path: Path) -> None:
+    """A file that only the job finds to be wrong fails the flow at once, with the job's sentence."""
+    from flows.pipeline import shard_dataset
+
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(b"no picture")
+    config = load_config(
+        shortcuts={"name": "broken", "source.uri": str(tmp_path), "dataset.image_size": 8, "store": store}
+    )
+    with pytest.raises(UserError, match="reject"):
+        shard_dataset(config.shard_request(), config.backend)
+    jobs = Directory(store) / "jobs"
+    requests = [(jobs / name).read_json("request.json") for name in jobs.children() if name.startswith("shard-")]
+    assert [request["dataset"]["name"] for request in requests].count("broken") == 1
+
+
+def _artifacts() -> dict[str, str]:
+    """The newest artifact of each key."""
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts()
+    return {
+        artifact.key: str(artifact.data) for artifact in sorted(found, key=lambda item: item.created) if artifact.key
+    }
