@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import mlflow
 import numpy as np
+import pandas
 from mlflow.pyfunc.model import PythonModel
 
 if TYPE_CHECKING:
-    import pandas
     from mlflow.pyfunc.model import PythonModelContext
 
 

@@ -139,10 +139,11 @@ def _check_server(uri: str) -> None:
 
 
 def _quieten() -> None:
-    """No usage statistics over the network, no page of migrations in the log. Call before importing mlflow."""
+    """No usage statistics over the network, no page of chatter in the log. Call before importing mlflow."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    for name in ("alembic", "mlflow.store.db.utils"):
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    for name in ("alembic", "mlflow.store.db.utils", "mlflow.models.signature", "mlflow.pyfunc"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

@@ -20,6 +20,7 @@ from diffusion_core.tracking.runs import existing_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
     from mlflow.models import ModelSignature
 
 CHAMPION, CANDIDATE = "champion", "candidate"
@@ -66,7 +67,7 @@ def register_version(
     registry, config = client(store), read_bundle_config(place)
     existing_run(registry, mlflow_run_id)
     _ensure_model(registry, model)
-    model_id = _logged_model(registry, place, wanted, config, mlflow_run_id, model, defaults)
+    logged = _logged_model(registry, place, wanted, config, mlflow_run_id, model, defaults)
     own = {
         "bundle_digest": wanted,
         "bundle_uri": place.uri,
@@ -79,9 +80,9 @@ def register_version(
     }
     made = registry.create_model_version(
         model,
-        source=f"models:/{model_id}",
+        source=logged.artifact_location,  # "models:/<id>" would be looked up at the process-wide tracking URI
         run_id=mlflow_run_id,
-        model_id=model_id,
+        model_id=logged.model_id,
         tags={key: without_secrets(value) for key, value in {**own, **(tags or {})}.items()},
         description=f"{config.dataset.name}, {config.images_seen:,} images seen, run {config.run_id}",
     )
@@ -184,18 +185,19 @@ def _logged_model(
     mlflow_run_id: str,
     name: str,
     defaults: ServingDefaults,
-) -> str:
+) -> LoggedModel:
     """The MLflow model that holds this bundle: one that an interrupted registration left complete, or a new one."""
-    from mlflow.entities import LoggedModelOutput
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
     experiment_id = registry.get_run(mlflow_run_id).info.experiment_id
     found = all_pages(
         registry.search_logged_models,
         experiment_ids=[experiment_id],
-        filter_string=f"tags.bundle_digest = '{wanted}' AND source_run_id = '{mlflow_run_id}' AND status = 'READY'",
+        filter_string=f"tags.bundle_digest = '{wanted}' AND source_run_id = '{mlflow_run_id}'",
     )
-    if found:
-        return str(found[0].model_id)
+    complete = [logged for logged in found if logged.status == LoggedModelStatus.READY]  # its filter does not work
+    if complete:
+        return complete[0]
     logged = registry.create_logged_model(
         experiment_id, name=name, source_run_id=mlflow_run_id, tags={"bundle_digest": wanted}, model_type="diffusion"
     )
@@ -204,7 +206,7 @@ def _logged_model(
         registry.log_model_artifacts(logged.model_id, str(Path(folder, "model")))
     registry.finalize_logged_model(logged.model_id, "READY")
     registry.log_outputs(mlflow_run_id, models=[LoggedModelOutput(logged.model_id, step=config.images_seen)])
-    return str(logged.model_id)
+    return logged
 
 
 def _save_pyfunc(
@@ -212,7 +214,7 @@ def _save_pyfunc(
     place: Directory,
     wanted: str,
     config: BundleConfig,
-    logged: Any,
+    logged: LoggedModel,
     mlflow_run_id: str,
     defaults: ServingDefaults,
 ) -> None:
