@@ -31,13 +31,8 @@ def _without_a_verb(context: typer.Context) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command. Exit status: 0, 1 if the work failed, 2 for a mistake of the user, told in one sentence."""
-    from diffusion_core.config import UserError
-
     try:
         return int(app(args=arguments, standalone_mode=False) or 0)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("Interrupted; the same command continues the work.", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -46,12 +41,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _told(error: Exception) -> int:
-    if callable(say := getattr(error, "format_message", None)):  # an option that does not exist, a number that is none
+    from diffusion_core.config import UserError
+    from diffusion_core.jobs.backend import JobFailed
+
+    if isinstance(error, UserError | JobFailed):
+        print(error, file=sys.stderr)
+        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
+    if callable(
+        say := getattr(error, "format_message", None)
+    ):  # an option that does not exist, a value that is missing
         print(f"{' '.join(say().split()).rstrip('.')}; see diffusion --help.", file=sys.stderr)
         return EXIT_USER_ERROR
-    if type(error).__name__ == "JobFailed":
-        print(error, file=sys.stderr)
-        return EXIT_FAILED
     raise error
 
 

@@ -5,6 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,7 @@ from PIL import Image
 
 from diffusion_core.config import UserError
 from diffusion_core.storage import Directory
+from diffusion_core.training.checkpoint import RECORD
 from flows.settings import load_config
 
 COUNT = 32
@@ -182,3 +188,49 @@ def _artifacts() -> dict[str, str]:
     return {
         artifact.key: str(artifact.data) for artifact in sorted(found, key=lambda item: item.created) if artifact.key
     }
+
+
+@pytest.mark.timeout(240)
+def test_ctrl_c_ends_the_job_and_the_same_command_goes_on(first: Any, store: str) -> None:
+    """A training that would take hours is interrupted after a checkpoint; with fewer images it ends from there."""
+    from prefect.settings import PREFECT_API_URL
+
+    settings = [*SETTINGS, "training.seed=5", "training.checkpoint_every_images=128"]
+    options = [part for setting in settings for part in ("--set", setting)]
+    command = [sys.executable, "-m", "flows.cli", "train", "-p", "digits", "--store", store, *options]
+    environment = {**os.environ, "PREFECT_API_URL": str(PREFECT_API_URL.value())}
+    runs = set((Directory(store) / "runs").children())
+
+    process = subprocess.Popen([*command, "--images", "10000000"], env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (progress := _checkpoints(store, runs)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, news = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert news.rstrip().endswith("Interrupted; the same command continues the work.")
+    assert "Traceback" not in news
+    jobs = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert f"{store}/jobs/" not in jobs
+
+    reached = max(_checkpoints(store, runs))
+    assert reached >= max(progress)
+    goal = reached + 256
+    done = subprocess.run(
+        [*command, "--images", str(goal), "--json"], env=environment, capture_output=True, text=True, check=True
+    )
+    result = json.loads(done.stdout)
+    assert set((Directory(store) / "runs").children()) - runs == {result["run_id"]}
+    assert goal <= result["images_seen"] < goal + 128
+    assert not result["reused"]
+
+
+def _checkpoints(store: str, besides: set[str]) -> list[int]:
+    """Images seen of the complete checkpoints of new runs."""
+    found = []
+    for entry in (Directory(store) / "runs").list():
+        run, _, rest = entry.key.partition("/")
+        if run not in besides and rest.startswith("checkpoints/") and rest.endswith(RECORD):
+            found.append(int(rest.split("/")[1]))
+    return found

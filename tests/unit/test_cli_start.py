@@ -1,0 +1,54 @@
+"""The command answers at once: nothing heavy is imported before a verb needs it, and every verb explains itself."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "ray", "prefect", "mlflow", "pandas", "pyarrow", "numpy", "pydantic", "boto3", "sklearn")
+VERBS = "demo shard train evaluate register generate pipeline config stack list".split()
+SHORT_VERBS = "promote rollback lineage reproduce verify prune".split()
+PROGRAM = """
+import json, resource, sys
+from flows.cli import main
+status = main(sys.argv[1:])
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(json.dumps({"status": status, "cpu_seconds": used.ru_utime + used.ru_stime, "modules": list(sys.modules)}))
+"""
+
+
+def start(*arguments: str) -> tuple[str, dict]:
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    text, _, last = done.stdout.rstrip().rpartition("\n")
+    return text, json.loads(last)
+
+
+def test_help_is_there_in_half_a_second():
+    text, told = start("--help")
+    assert told["status"] == 0
+    assert [name for name in HEAVY if name in told["modules"]] == []
+    assert told["cpu_seconds"] < 0.5
+    for verb in [*VERBS, *SHORT_VERBS]:
+        assert f"\n  {verb} " in text
+    assert start()[0] == text
+
+
+@pytest.mark.parametrize("verb", [*VERBS, *SHORT_VERBS])
+def test_every_verb_explains_itself(verb: str):
+    text, told = start(verb, "--help")
+    assert told["status"] == 0
+    assert "Usage:" in text
+    if verb in VERBS[1:-3]:
+        assert "--set" in text and "--json" in text
+
+
+def test_settings_are_shown_without_the_heavy_libraries():
+    text, told = start("config", "show", "--preset", "digits", "--json")
+    assert json.loads(text)["name"] == "digits"
+    assert [name for name in HEAVY if name in told["modules"] and name != "pydantic"] == []
+    schema = json.loads(start("config", "schema")[0])
+    assert schema["$defs"]["TrainingConfig"]["properties"]["batch_size"]["minimum"] == 1
