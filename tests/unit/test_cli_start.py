@@ -9,8 +9,8 @@ import sys
 import pytest
 
 HEAVY = ("torch", "ray", "prefect", "mlflow", "pandas", "pyarrow", "numpy", "pydantic", "boto3", "sklearn")
-VERBS = "demo shard train evaluate register generate pipeline config stack list".split()
-SHORT_VERBS = "promote rollback lineage reproduce verify prune".split()
+VERBS = ["demo", "shard", "train", "evaluate", "register", "generate", "pipeline", "config", "stack", "list"]
+SHORT_VERBS = ["promote", "rollback", "lineage", "reproduce", "verify", "prune"]
 PROGRAM = """
 import json, resource, sys
 from flows.cli import main
