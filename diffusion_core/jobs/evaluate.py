@@ -82,17 +82,22 @@ def evaluate(
     dataset, bundle = open_dataset(dataset_uri), read_bundle_config(bundle_uri)
     samples = samples_of(config, dataset)
     check_comparable(bundle, dataset)
-    parts = ["evaluation", _ALGORITHM, bundle_digest(bundle_uri), dataset.version]
-    evaluation_id = digest(*parts, extractor_identity(config, dataset.version), config)
+    bundle_id = bundle_digest(bundle_uri)
+    evaluation_id = digest(
+        "evaluation", _ALGORITHM, bundle_id, dataset.version, extractor_identity(config, dataset.version), config
+    )
     directory = Directory(store) / f"evaluations/{evaluation_id}"
     if directory.exists(REPORT):
         return Evaluation(directory, directory.read_json(REPORT), reused=True)
-    images = _samples(store, bundle_uri, bundle, dataset, config, samples, resources)
+    from diffusion_core.jobs.generate import generate
+
+    generation = generation_of(config, bundle, dataset)
+    images = generate(bundle_uri, generation, store, resources, stage="samples to evaluate").images
     report = _measure(directory, images, dataset, config, samples)
     about = {
         "schema_version": 1,
         "evaluation_id": evaluation_id,
-        "bundle": {"uri": bundle_uri, "digest": parts[2], "run_id": bundle.run_id, "images_seen": bundle.images_seen},
+        "bundle": {"uri": bundle_uri, "digest": bundle_id, "run_id": bundle.run_id, "images_seen": bundle.images_seen},
         "dataset": {"name": dataset.name, "version": dataset.version, "uri": dataset.uri},
         "configuration": json.loads(json.dumps(identity(config))),
         "image_set": images.uri,
@@ -141,23 +146,14 @@ def check_comparable(bundle: BundleConfig, dataset: ImageDataset) -> None:
         )
 
 
-def _samples(
-    store: str,
-    bundle_uri: str,
-    bundle: BundleConfig,
-    dataset: ImageDataset,
-    config: EvaluationConfig,
-    samples: int,
-    resources: Resources,
-) -> ImageSet:
-    """The images to measure, as an image set of their own: ids 0 to N − 1."""
-    from diffusion_core.jobs.generate import generate
-
+def generation_of(config: EvaluationConfig, bundle: BundleConfig, dataset: ImageDataset) -> GenerationConfig:
+    """How the images to measure are made: an image set of their own, ids 0 to N − 1."""
+    samples = samples_of(config, dataset)
     labels: str | tuple[int, ...] = "balanced"
     if bundle.class_names and dataset.class_names and config.labels is EvaluationLabels.dataset:
         held_out = dataset.read("test", limit=samples).labels
         labels = tuple(held_out.tolist()) if held_out is not None else labels
-    generation = GenerationConfig(
+    return GenerationConfig(
         sampler=config.sampler,
         guidance=config.guidance,
         seed=config.seed,
@@ -167,7 +163,6 @@ def _samples(
         first_image_id=0,
         count=samples,
     )
-    return generate(bundle_uri, generation, store, resources, stage="samples to evaluate").images
 
 
 def _measure(
