@@ -14,9 +14,9 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, closing
+from typing import Any, cast
 
 from diffusion_core.config import UserError, digest, identity
 from diffusion_core.data.hashing import HashCache, dataset_version, hash_files
@@ -103,7 +103,7 @@ def _hash_source(source: Source, home: Directory, resources: Resources, cluster:
 
 def _hash_on_cluster(
     source: Source, files: list[SourceFile], resources: Resources, cluster: ExitStack
-) -> Iterator[tuple[str, str, str]]:
+) -> Generator[tuple[str, str, str]]:
     kind, config, place = type(source), source.config, source.place
 
     def hash_some(row: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -113,8 +113,9 @@ def _hash_on_cluster(
     parts = [files[first : first + _FILES_A_TASK] for first in range(0, len(files), _FILES_A_TASK)]
     rows = [{"files": json.dumps([(file.key, file.size) for file in part])} for part in parts]
     cluster.enter_context(ray_session(resources))
-    for hashed in _on_cluster(hash_some, rows, resources):
-        yield from ((key, sha256, problem) for key, sha256, problem in hashed)
+    with closing(_on_cluster(hash_some, rows, resources)) as answers:
+        for hashed in answers:
+            yield from ((key, sha256, problem) for key, sha256, problem in hashed)
 
 
 def _make(
@@ -168,8 +169,11 @@ def _make_shards(plan: Plan, source_bytes: int, records: dict[int, dict[str, Any
 
     missing = [{"index": index} for index in range(len(plan.shards)) if index not in records]
     done = sum(plan.shards[index].stop - plan.shards[index].start for index in records)
-    with Progress("shard", len(plan.order), "images", initial=done) as progress:
-        for record in _on_cluster(make, missing, resources):
+    with (
+        Progress("shard", len(plan.order), "images", initial=done) as progress,
+        closing(_on_cluster(make, missing, resources)) as made,
+    ):
+        for record in made:
             index = record.pop("index")
             records[index] = record
             span = plan.shards[index]
@@ -187,14 +191,17 @@ def _spool(plan: Plan, chunks: list[range], resources: Resources) -> None:
         return len(chunk)
 
     rows = [{"number": i, "first": chunk.start, "last": chunk.stop} for i, chunk in enumerate(chunks)]
-    with Progress("spool", sum(map(len, chunks)), "images") as progress:
-        for images in _on_cluster(spool, rows, resources):
+    with (
+        Progress("spool", sum(map(len, chunks)), "images") as progress,
+        closing(_on_cluster(spool, rows, resources)) as spooled,
+    ):
+        for images in spooled:
             progress.advance(images)
 
 
 def _on_cluster(
     work: Callable[[dict[str, Any]], Any], rows: list[dict[str, Any]], resources: Resources
-) -> Iterator[Any]:
+) -> Generator[Any]:
     """Apply `work` to every row with Ray Data and yield the results (anything that JSON can hold) as they come.
 
     A worker that dies is replaced `resources.max_failures` times. A `UserError` in a worker is raised here.
@@ -219,10 +226,12 @@ def _on_cluster(
             compute=ray.data.TaskPoolStrategy(size=resources.workers),
             max_retries=resources.max_failures,
         )
-    for answer in data.iter_rows():
-        if answer["error"]:
-            raise UserError(answer["error"])
-        yield json.loads(answer["answer"])
+    # Left to the garbage collector, an unfinished execution would wake Ray up again after its shutdown.
+    with closing(cast("Generator[dict[str, str]]", iter(data.iter_rows()))) as answers:
+        for answer in answers:
+            if answer["error"]:
+                raise UserError(answer["error"])
+            yield json.loads(answer["answer"])
 
 
 def _about_source(source: Source, scan: Scan, digests: dict[str, str]) -> dict[str, Any]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 
 from diffusion_core.config import UserError
 from diffusion_core.data import sharding
@@ -31,6 +34,14 @@ def program(python: str, place: Path, wanted: ShardRequest) -> subprocess.Comple
     (place / "request.json").write_text(wanted.model_dump_json())
     command = [python, "-m", "diffusion_core.jobs.shard", str(place / "request.json")]
     return subprocess.run(command, capture_output=True, text=True, timeout=150)
+
+
+@pytest.fixture(autouse=True)
+def _ray_is_left_as_it_was_found() -> Iterator[None]:
+    """A job that fails midway must not leave an execution behind that starts Ray again."""
+    yield
+    gc.collect()
+    assert not ray.is_initialized()
 
 
 def upload(folder: Path, to: Directory) -> None:

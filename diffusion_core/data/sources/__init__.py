@@ -9,9 +9,8 @@ from diffusion_core.data.sources.base import Item, Reader, Scan, Source
 from diffusion_core.data.sources.folder import FolderSource
 from diffusion_core.data.sources.listing import IMAGE_SUFFIXES, SourceFile, list_files, suffix
 from diffusion_core.data.sources.parquet import ParquetSource
-from diffusion_core.storage import Directory
 
-__all__ = ["Item", "Reader", "Scan", "Source", "check_source", "open_source"]
+__all__ = ["Item", "Reader", "Scan", "Source", "open_source"]
 
 _SOURCES: dict[SourceKind, type[Source]] = {
     SourceKind.FOLDER: FolderSource,
@@ -37,11 +36,6 @@ def open_source(config: SourceConfig) -> Source:
     return _SOURCES[kind](config, place, files)
 
 
-def check_source(config: SourceConfig) -> None:
-    """Make sure, quickly, that something readable is at the URI; `UserError` says what is wrong."""
-    open_source(config)
-
-
 def _kind_of(config: SourceConfig, files: list[SourceFile]) -> SourceKind:
     suffixes = {suffix(file.key) for file in files}
     if suffixes & IMAGE_SUFFIXES:
@@ -57,8 +51,3 @@ def _kind_of(config: SourceConfig, files: list[SourceFile]) -> SourceKind:
         f"source.uri: {config.uri} holds no images: image files, Parquet, IDX (-ubyte, -ubyte.gz) or .npz are accepted,"
         f" and there is {found}."
     )
-
-
-def source_directory(config: SourceConfig) -> Directory | None:
-    """The place of a source, None for the bundled digits."""
-    return Directory(config.uri) if config.uri else None

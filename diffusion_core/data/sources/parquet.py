@@ -89,7 +89,7 @@ class ParquetReader(Reader):
     def _read_file(self, file: _File, slots: np.ndarray, rows: np.ndarray) -> Iterator[Item]:
         """`rows` (sorted) of one file."""
         with self.place.open(file.key) as stream:
-            parquet = pq.ParquetFile(stream)
+            parquet = pq.ParquetFile(stream, page_checksum_verification=True)
             start = 0
             for group, count in enumerate(file.group_rows):
                 low, high = np.searchsorted(rows, (start, start + count))
