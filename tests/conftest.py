@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
 
 ROOT = Path(__file__).parent.parent
-SHARED_DATA = Path(os.environ.get("DIFFUSION_TEST_DATA", ROOT.parent / "shared" / "data"))
 
 # Ray's sockets live below this folder, and a socket's path may have 107 characters: hence short and not pytest's own.
 HOME = Path(tempfile.mkdtemp(prefix="dt-", dir="/tmp"))
@@ -138,11 +137,12 @@ def start_ray(nodes: list[dict[str, object]]) -> Cluster:
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder of real data sets (Fashion-MNIST, CIFAR-10, …); the test is skipped where there is none."""
-    if not SHARED_DATA.is_dir():
-        pytest.skip(f"no data sets in {SHARED_DATA} (DIFFUSION_TEST_DATA names another folder)")
-    return SHARED_DATA
+def prefect_server() -> Iterator[None]:
+    """A real Prefect server with a database of its own, which flows of this process report to."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=180):
+        yield
 
 
 @pytest.fixture(scope="session")

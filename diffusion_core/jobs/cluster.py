@@ -8,11 +8,15 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from urllib.parse import urlsplit
 
 from diffusion_core.config import UserError
 from diffusion_core.jobs.requests import Resources
 
 POLL_S = 1.0
+ENDPOINTS = ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -49,9 +53,18 @@ def _start() -> None:
         ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
         return
     try:
-        ray.init(address=address, **quiet)
+        ray.init(address=address, runtime_env={"env_vars": _endpoints()}, **quiet)
     except ConnectionError as error:
         raise UserError(f"The Ray cluster that RAY_ADDRESS names, {address}, cannot be reached: {error}") from error
+
+
+def _endpoints() -> dict[str, str]:
+    """Where the services are, for workers on other nodes. Credentials are never handed on: nodes have their own."""
+    found = {name: os.environ[name] for name in ENDPOINTS if os.environ.get(name)}
+    for name in [name for name, value in found.items() if urlsplit(value).password]:
+        logger.warning("%s holds a password and is not handed to the workers: set it on their nodes.", name)
+        del found[name]
+    return found
 
 
 def require_resources(resources: Resources) -> None:
