@@ -120,7 +120,9 @@ def start_job(folder: Path, request: dict[str, Any], **environment: str) -> subp
     )
 
 
-def finished_job(folder: Path, request: dict[str, Any], timeout: float = 150, **environment: str) -> tuple[int, str, float]:
+def finished_job(
+    folder: Path, request: dict[str, Any], timeout: float = 150, **environment: str
+) -> tuple[int, str, float]:
     """(exit status, output, seconds)"""
     began = time.monotonic()
     job = start_job(folder, request, **environment)
