@@ -16,7 +16,7 @@ from diffusion_core.config import UserError
 from diffusion_core.data.shards import open_dataset
 from diffusion_core.evaluation.config import EvaluationConfig, GateConfig
 from diffusion_core.evaluation.identity import distance_name
-from diffusion_core.jobs.evaluate import Evaluation, check_comparable, evaluate
+from diffusion_core.jobs.evaluate import Evaluation, check_comparable, evaluate, samples_of
 from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.requests import RegisterRequest, RegisterResult
 from diffusion_core.lease import Lease, acquire
@@ -43,7 +43,9 @@ def run(request: RegisterRequest) -> RegisterResult:
     A bundle that has a version keeps it, and evaluations that are done are found, so that doing it again is quick.
     """
     started = time.monotonic()
-    read_bundle_config(request.bundle_uri)
+    dataset = open_dataset(request.dataset_uri)
+    samples_of(request.evaluation, dataset)
+    check_comparable(read_bundle_config(request.bundle_uri), dataset)
     owner = {"model": request.model, "bundle_uri": request.bundle_uri}
     place = Directory(request.store) / f"gates/{request.model}"
     with acquire(place, owner, on_wait=lambda held: logger.info("waiting for the gate of %s", held.owner)) as lease:
