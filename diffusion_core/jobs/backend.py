@@ -12,6 +12,7 @@ import ctypes
 import os
 import queue
 import secrets
+import shlex
 import signal
 import subprocess
 import sys
@@ -38,6 +39,7 @@ ResultT = TypeVar("ResultT", bound=Result)
 
 LOG = "log.txt"
 LOG_LINES_KEPT = 5_000
+AGENT_TIMEOUT_S = 60.0
 GRACE_S = 25.0  # less than the 30 seconds after which Prefect kills a cancelled flow
 
 
@@ -206,11 +208,23 @@ class ClusterJob:
     def __init__(self, stage: str, request_uri: str, job_id: str) -> None:
         self._id = job_id
         self._client = _jobs_client()
-        self._client.submit_job(
-            entrypoint=f"python -m diffusion_core.jobs.{stage} '{request_uri}'",
-            submission_id=job_id,
-            runtime_env={"env_vars": {"PYTHONUNBUFFERED": "1"}},
-        )
+        self._submit(f"python -m diffusion_core.jobs.{stage} {shlex.quote(request_uri)}")
+
+    def _submit(self, entrypoint: str) -> None:
+        """Submit the job; a cluster that has just started has no agent to take it yet, which is waited for."""
+        deadline = time.monotonic() + AGENT_TIMEOUT_S
+        while True:
+            try:
+                self._client.submit_job(
+                    entrypoint=entrypoint,
+                    submission_id=self._id,
+                    runtime_env={"env_vars": {"PYTHONUNBUFFERED": "1"}},
+                )
+                return
+            except RuntimeError as error:
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise JobFailed(f"The Ray Jobs API did not take the job {self._id}: {error}") from error
+            time.sleep(1.0)
 
     def lines(self) -> Iterator[str]:
         chunks: queue.Queue[str | BaseException | None] = queue.Queue()
