@@ -32,12 +32,12 @@ def _without_a_verb(context: typer.Context) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command. Exit status: 0, 1 if the work failed, 2 for a mistake of the user, told in one sentence."""
     try:
-        return int(app(args=arguments, standalone_mode=False) or 0)
-    except KeyboardInterrupt:
-        print("Interrupted; the same command continues the work.", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        status = int(app(args=arguments, standalone_mode=False) or 0)
     except Exception as error:
         return _told(error)
+    if status == EXIT_INTERRUPTED:  # what typer makes of a Ctrl-C
+        print("Interrupted; the same command continues the work.", file=sys.stderr)
+    return status
 
 
 def _told(error: Exception) -> int:

@@ -52,3 +52,14 @@ def test_settings_are_shown_without_the_heavy_libraries():
     assert [name for name in HEAVY if name in told["modules"] and name != "pydantic"] == []
     schema = json.loads(start("config", "schema")[0])
     assert schema["$defs"]["TrainingConfig"]["properties"]["batch_size"]["minimum"] == 1
+
+
+def test_ctrl_c_ends_with_a_sentence_and_its_own_status(monkeypatch, capsys, tmp_path):
+    from flows import cli, listing
+
+    def interrupted(store: str) -> list[dict[str, object]]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(listing.KINDS, "runs", interrupted)
+    assert cli.main(["list", "runs", "--store", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "Interrupted; the same command continues the work."
