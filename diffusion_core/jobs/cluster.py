@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from urllib.parse import urlsplit
 
 from diffusion_core.config import UserError
@@ -29,6 +30,9 @@ def ray_session(resources: Resources) -> Iterator[None]:
     Raises:
         UserError: the cluster cannot hold the request within `start_timeout_s`, or RAY_ADDRESS cannot be reached.
     """
+    if not os.environ.get("RAY_ADDRESS"):
+        # Without it Ray replaces 127.0.0.1 by the machine's address and listens on every interface. Read at its import.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
     if ray.is_initialized():
@@ -47,7 +51,7 @@ def _start() -> None:
     import ray
 
     address = os.environ.get("RAY_ADDRESS")
-    quiet = {"log_to_driver": True, "logging_level": logging.WARNING, "configure_logging": False}
+    quiet: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING, "configure_logging": False}
     if not address:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
