@@ -69,7 +69,10 @@ def explain(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{field}: a value is needed and none was given{also}."
     message = first["msg"].removeprefix("Value error, ").rstrip(".")
-    return f"{field}: {_shown(first['input'])} is not accepted: {message[:1].lower() + message[1:]}{also}."
+    message = message[:1].lower() + message[1:]
+    if isinstance(first["input"], dict) and first["type"] == "value_error":
+        return f"{field}: {message}{also}."  # fields that do not go together: the message names them
+    return f"{field}: {_shown(first['input'])} is not accepted: {message}{also}."
 
 
 def _is_execution(field: Any) -> bool:
