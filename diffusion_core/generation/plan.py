@@ -38,6 +38,16 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class ShardTask:
+    """What a worker needs to know besides the shard: small, and the same for all workers of a run."""
+
+    set_uri: str
+    bundle_uri: str
+    model_version: str
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
 class Extension:
     """Image ids [first_image_id, first_image_id + count), in shards numbered from `first_shard`."""
 

@@ -12,7 +12,8 @@ from diffusion_core.generation.labels import Labels
 
 MAX_BYTES = 300_000
 MAX_CLASSES, PER_CLASS, WITHOUT_CLASSES = 16, 10, 100
-_TILE, _GAP, _TEXT_HEIGHT = 48, 2, 12
+_TILE, _GAP, _TEXT_HEIGHT = 48, 4, 12
+_BACKGROUND = 190  # a grey that borders black images and white ones alike
 _SCANNED = 1 << 20  # image ids that are looked at when classes are rare
 
 
@@ -71,7 +72,7 @@ def _draw(rows: Mapping[str, Sequence[np.ndarray]], size: int) -> bytes:
     columns = max((len(images) for images in rows.values()), default=1)
     mode = "L" if first.shape[-1] == 1 else "RGB"
     canvas = (margin + columns * (width + _GAP) + _GAP, max(1, len(rows)) * (height + _GAP) + _GAP)
-    sheet = Image.new(mode, canvas, 255 if mode == "L" else (255, 255, 255))
+    sheet = Image.new(mode, canvas, _BACKGROUND if mode == "L" else (_BACKGROUND,) * 3)
     pen = ImageDraw.Draw(sheet)
     for y, (name, images) in enumerate(rows.items()):
         top = _GAP + y * (height + _GAP)

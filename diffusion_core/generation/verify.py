@@ -71,7 +71,7 @@ def _shard(images: ImageSet, shard: Shard, in_manifest: dict[str, Any] | None) -
 def _images(images: ImageSet, shard: Shard, record: dict[str, Any], content: ShardContent) -> Iterator[str]:
     ids = np.arange(shard.first_image_id, shard.stop)
     if content.image_ids.tolist() != ids.tolist():
-        yield f"shard {shard.number} (images {ids[0]} to {ids[-1]}): it does not hold each of its images once, in order."
+        yield f"shard {shard.number} (images {ids[0]} to {ids[-1]}): it does not hold each image once, in order."
         return
     labels = images.labels.of(ids)
     for n, image_id in enumerate(ids.tolist()):

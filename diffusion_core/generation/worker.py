@@ -6,7 +6,6 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +18,7 @@ from diffusion_core.config import UserError
 from diffusion_core.diffusion import Denoiser, KeyedNoise, build_sampler, images_from_network
 from diffusion_core.generation.config import GenerationConfig, SamplingPrecision
 from diffusion_core.generation.imageset import ImageSet, open_imageset
-from diffusion_core.generation.plan import Shard
+from diffusion_core.generation.plan import Shard, ShardTask
 
 LabelsOf = Callable[[np.ndarray], np.ndarray | None]
 
@@ -153,16 +152,6 @@ class _Watched(nn.Module):
         if self.precision is SamplingPrecision.BFLOAT16:
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
-
-
-@dataclass(frozen=True)
-class ShardTask:
-    """What a worker needs to know besides the shard: small, and the same for all workers of a run."""
-
-    set_uri: str
-    bundle_uri: str
-    model_version: str
-    device: str = "cpu"
 
 
 class ShardWorker:

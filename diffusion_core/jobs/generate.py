@@ -14,35 +14,38 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diffusion_core.bundle import bundle_digest, read_bundle_config
 from diffusion_core.config import UserError
 from diffusion_core.generation import tables
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.generation.imageset import FAILED, SHEET, ImageSet, describe
-from diffusion_core.generation.plan import Extension, Shard
+from diffusion_core.generation.plan import Extension, Shard, ShardTask
 from diffusion_core.jobs.cluster import ray_session
 from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.requests import GenerateRequest, GenerateResult, Resources
 from diffusion_core.progress import Progress
 
-if TYPE_CHECKING:
-    from diffusion_core.generation.worker import ShardTask
-
 BLOCKS_PER_WORKER = 8
 DIED = "the worker process died while it made this shard (killed, out of memory, or a crash in native code)"
+
+Worker = Callable[[ShardTask, Callable[[int], None]], Callable[[dict[str, Any]], dict[str, Any]]]
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Generated:
-    """The range of image ids [first_image_id, stop) of a set, made as far as it could be."""
+    """The range of image ids [first_image_id, stop) of a set, made as far as it could be.
+
+    `stored` of them are there, `generated` of these are new; `seconds` is what making them took, without Ray's start.
+    """
 
     images: ImageSet
     first_image_id: int
@@ -64,6 +67,7 @@ class _Outcome:
     found: set[Shard] = field(default_factory=set)
     failed: dict[Shard, dict[str, Any]] = field(default_factory=dict)
     seconds: dict[Shard, float] = field(default_factory=dict)
+    took: float = 0.0
 
 
 def run(request: GenerateRequest) -> GenerateResult:
@@ -94,7 +98,7 @@ def generate(
     *,
     model_version: str | None = None,
     stage: str = "generate",
-    worker: type | None = None,
+    worker: Worker | None = None,
 ) -> Generated:
     """Make the images that a configuration asks for, and that are not stored yet, into `<store>/images/<set id>`.
 
@@ -110,7 +114,6 @@ def generate(
         UserError: the configuration does not suit the model, the cluster is too small, or more shards failed than
             `max_failed_shards`. What succeeded is committed then.
     """
-    started = time.monotonic()
     found_digest = bundle_digest(bundle_uri)
     images = describe(store, bundle_uri, found_digest, read_bundle_config(bundle_uri), config)
     first, stop, extensions = images.extend(config.first_image_id, config.count)
@@ -121,12 +124,14 @@ def generate(
             images.write_plan(extension)
         device = "cuda" if resources.gpus_per_worker else "cpu"
         with ray_session(resources), Progress(stage, stop - first) as progress:
-            task = _task(images, bundle_uri, model_version or found_digest, device)
+            task = ShardTask(images.uri, bundle_uri, model_version or found_digest, device)
             already = stop - first - sum(_within(shard, first, stop) for shard in missing)
+            making = time.monotonic()
             with _tallied(progress, already) as tally:
                 _make(images, missing, outcome, config, resources, worker, task, tally)
             progress.update(stop - first - sum(_within(shard, first, stop) for shard in outcome.failed))
-        _write_log(images, outcome, time.monotonic() - started)
+            outcome.took = time.monotonic() - making
+        _write_log(images, outcome)
     complete = [images.finish(extension) for extension in extensions]
     _report_failures(images, missing, outcome, config.max_failed_shards)
     for extension, whole in zip(extensions, complete, strict=True):
@@ -136,7 +141,7 @@ def generate(
         images.draw_sheet()
     stored = stop - first - sum(_within(shard, first, stop) for shard in outcome.failed)
     made = sum(_within(shard, first, stop) for shard in outcome.made)
-    return Generated(images, first, stop, stored, made, time.monotonic() - started)
+    return Generated(images, first, stop, stored, made, outcome.took)
 
 
 def _resolve(model: str, store: str) -> tuple[str, str]:
@@ -146,13 +151,7 @@ def _resolve(model: str, store: str) -> tuple[str, str]:
     from diffusion_core.tracking import resolve_model
 
     resolved = resolve_model(model, store)
-    return resolved.bundle_uri, f"{resolved.name}/{resolved.version}"
-
-
-def _task(images: ImageSet, bundle_uri: str, model_version: str, device: str) -> ShardTask:
-    from diffusion_core.generation.worker import ShardTask
-
-    return ShardTask(images.uri, bundle_uri, model_version, device)
+    return resolved.bundle_uri, resolved.version
 
 
 def _make(
@@ -161,9 +160,9 @@ def _make(
     outcome: _Outcome,
     config: GenerationConfig,
     resources: Resources,
-    worker: type | None,
+    worker: Worker | None,
     task: ShardTask,
-    tally: Any,
+    tally: _RayTally,
 ) -> None:
     """Pass after pass over the shards that are still missing, at most 1 + `max_retries` of them."""
     todo = list(missing)
@@ -193,21 +192,20 @@ def _make(
 
 
 def _pass(
-    shards: Sequence[Shard], size: int, resources: Resources, worker: type | None, task: ShardTask, tally: Any
+    shards: Sequence[Shard], size: int, resources: Resources, worker: Worker | None, task: ShardTask, tally: _RayTally
 ) -> Iterator[dict[str, Any]]:
     """One Ray Data execution: the outcome rows of the shards whose blocks survived."""
     import pyarrow as pa
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
-    from diffusion_core.generation.worker import ShardWorker
-
     names = ("shard", "first_image_id", "count")
     values = [dict(zip(names, (shard.number, shard.first_image_id, shard.count), strict=True)) for shard in shards]
     blocks = [pa.Table.from_pylist(values[n : n + size]) for n in range(0, len(values), size)]
     context = DataContext.get_current().copy()
     context.max_errored_blocks = -1  # a lost block is looked after here, in the next pass
-    context.enable_progress_bars = False
+    context.enable_progress_bars = context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would log every lost block and its own progress
     options: dict[str, Any] = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker}
     if resources.accelerator_type:
         options["accelerator_type"] = resources.accelerator_type
@@ -216,20 +214,72 @@ def _pass(
     # An actor that has used up its restarts stays in Ray Data's pool as a corpse, and a pool of corpses waits for ever.
     # So the finite number that binds is that of the retries of a block; restarts are just more than they can need.
     retries = min(1, resources.max_failures)
-    with DataContext.current(context):
+    with DataContext.current(context), warnings.catch_warnings():
+        # Ray 2.60 deprecates passing these two without offering names for them; the pin holds the minor version.
+        warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
         dataset = ray.data.from_arrow(blocks).map(
-            worker or ShardWorker,
-            fn_constructor_args=(task, tally),
+            _PoolWorker,  # type: ignore[arg-type]  # a class of callables, as Ray Data wants it for actors
+            fn_constructor_args=(worker, task, tally),
             compute=ActorPoolStrategy(size=min(resources.workers, len(blocks)), max_tasks_in_flight_per_actor=1),
             max_restarts=len(blocks) * (1 + retries) + resources.max_failures,
             max_task_retries=retries,
             **options,
         )
+    try:
         yield from dataset.iter_rows()
+    finally:
+        tally.dismiss()  # the error of a lost block may hold on to its actor, whose CPU the next pass would wait for
+
+
+class _PoolWorker:
+    """What Ray Data makes in each actor: joins the tally, and makes the worker proper at the first shard.
+
+    The worker's module is imported here and not in the job, which so never has to load torch.
+    """
+
+    def __init__(self, make: Worker | None, task: ShardTask, tally: _RayTally) -> None:
+        tally.join()
+        self._make, self._task, self._tally = make, task, tally
+        self._worker: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        if self._worker is None:
+            try:
+                from diffusion_core.generation.worker import ShardWorker
+
+                self._worker = (self._make or ShardWorker)(self._task, self._tally)
+            except Exception as error:  # a node without torch, say: a row tells more than a lost block
+                return {**row, "outcome": "failed", "error": repr(error), "final": False, "seconds": 0.0}
+        return self._worker(row)
+
+
+class _Counter:
+    """The actor that counts the images, and knows the actors of the pool."""
+
+    def __init__(self) -> None:
+        self._total = 0
+        self._members: dict[str, Any] = {}
+
+    def add(self, images: int) -> None:
+        self._total += images
+
+    def total(self) -> int:
+        return self._total
+
+    def join(self, actor_id: str, member: list[Any]) -> None:
+        self._members[actor_id] = member[0]
+
+    def dismiss(self) -> None:
+        """End the actors that have joined."""
+        import ray
+
+        for member in self._members.values():
+            ray.kill(member)
+        self._members.clear()
 
 
 class _RayTally:
-    """Tells a counting actor, without waiting for it, how many images are done."""
+    """Tells the counter, without waiting for it, how many images are done. Lives in the actors and in the job."""
 
     def __init__(self, counter: Any) -> None:
         self._counter = counter
@@ -237,16 +287,16 @@ class _RayTally:
     def __call__(self, images: int) -> None:
         self._counter.add.remote(images)
 
+    def join(self) -> None:
+        import ray
 
-class _Counter:
-    def __init__(self) -> None:
-        self._total = 0
+        context = ray.get_runtime_context()
+        self._counter.join.remote(context.get_actor_id(), [context.current_actor])
 
-    def add(self, images: int) -> None:
-        self._total += images
+    def dismiss(self) -> None:
+        import ray
 
-    def total(self) -> int:
-        return self._total
+        ray.get(self._counter.dismiss.remote())
 
 
 @contextmanager
@@ -303,11 +353,11 @@ def _close(images: ImageSet, extension: Extension, outcome: _Outcome) -> None:
         images.directory.create_json(extension.closed_key, {"schema_version": 1, "failed_shards": failed})
 
 
-def _write_log(images: ImageSet, outcome: _Outcome, seconds: float) -> None:
+def _write_log(images: ImageSet, outcome: _Outcome) -> None:
     """Timings of this job, apart from everything that has to be the same whenever it is made."""
     now = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     shards = [{"shard": shard.number, "seconds": took} for shard, took in sorted(outcome.seconds.items(), key=str)]
-    log = {"ended": now, "seconds": seconds, "host": os.uname().nodename, "shards": shards}
+    log = {"ended": now, "seconds": outcome.took, "host": os.uname().nodename, "shards": shards}
     images.directory.create_json(f"log/{now}-{uuid.uuid4().hex[:8]}.json", log)
 
 

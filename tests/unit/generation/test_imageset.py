@@ -19,8 +19,9 @@ from diffusion_core.config import UserError
 from diffusion_core.generation import GenerationConfig, open_imageset
 from diffusion_core.generation.imageset import describe
 from diffusion_core.generation.labels import Labels
+from diffusion_core.generation.plan import ShardTask
 from diffusion_core.generation.sheet import MAX_BYTES, choose_images, contact_sheet
-from diffusion_core.generation.worker import ShardTask, ShardWorker, reproduce
+from diffusion_core.generation.worker import ShardWorker, reproduce
 
 FORMS = ["parquet", "webdataset", "png"]
 
@@ -277,7 +278,7 @@ def test_the_sheet_is_large_enough_to_be_seen_and_small_enough_to_be_sent(height
 def test_the_sheet_shows_small_images_pixel_by_pixel():
     image = np.arange(64, dtype=np.uint8).reshape(8, 8, 1) * 4
     sheet = np.asarray(Image.open(io.BytesIO(contact_sheet({"": [image]}))))
-    np.testing.assert_array_equal(sheet[2:50, 2:50], np.kron(image[..., 0], np.ones((6, 6), np.uint8)))
+    np.testing.assert_array_equal(sheet[4:52, 4:52], np.kron(image[..., 0], np.ones((6, 6), np.uint8)))
 
 
 def test_configuration_and_plans_need_no_torch():
