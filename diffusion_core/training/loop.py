@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from diffusion_core import __version__
 from diffusion_core.bundle import BundleConfig, DatasetReference, save_bundle
 from diffusion_core.config import UserError
 from diffusion_core.data import ImageDataset, Loader, open_dataset
@@ -23,6 +22,7 @@ from diffusion_core.training.preview import preview
 from diffusion_core.training.recorder import FileRecorder, Recorder
 from diffusion_core.training.run import IMAGES, INTERRUPTED, TIME_BUDGET, RunDirectory, TrainOutcome, TrainSpec
 from diffusion_core.training.world import Decision, World
+from diffusion_core.version import code_version
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +246,7 @@ class _Loop:
                 "loss": position.loss,
                 "images_per_second": position.images_per_second,
                 "world_size": self.world.size,
-                "code_version": __version__,
+                "code_version": code_version(),
             }
             save_checkpoint(self.run.checkpoints, Checkpoint(position.images_seen, self.learner.state(), meta))
             prune_checkpoints(self.run.checkpoints, self.config.keep_checkpoints, position.images_seen)
@@ -296,7 +296,7 @@ class _Loop:
             dataset=dataset,
             run_id=self.run.run_id,
             images_seen=self.position.images_seen,
-            code_version=__version__,
+            code_version=code_version(),
             mlflow_run_id=self._recorder.mlflow_run_id or None,
         )
         weights = self.learner.ema.network.state_dict()

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from diffusion_core import __version__
 from diffusion_core.config import Config, UserError, digest, execution, identity
 from diffusion_core.diffusion.config import ProcessConfig
 from diffusion_core.networks.config import UNetConfig, check_image_size
 from diffusion_core.storage import Directory
 from diffusion_core.training.config import TrainingConfig
+from diffusion_core.version import code_version
 
 if TYPE_CHECKING:
     from diffusion_core.data import ImageDataset
@@ -163,5 +163,5 @@ def _description(
         "dataset": {"name": dataset.name, "version": dataset.version, "uri": dataset.uri},
         "init_from": None if start is None else {"digest": start, "uri": source},
         "spec": spec.model_dump(mode="json"),
-        "code_version": __version__,
+        "code_version": code_version(),
     }
