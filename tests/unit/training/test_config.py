@@ -36,7 +36,7 @@ IDENTITY = {
     "label_dropout": 0.5,
     "precision": "bfloat16",
     "compile": True,
-    "channels_last": False,
+    "channels_last": True,
     "threads": 2,
     "seed": 1,
     "horizontal_flip": True,
