@@ -21,8 +21,8 @@ class ImageFormat(Choice):
 class SamplingPrecision(Choice):
     """Number format of the network while sampling; the sampler itself stays in float32."""
 
-    FLOAT32 = "float32", "exact, the right one on CPU"
-    BFLOAT16 = "bfloat16", "faster on a GPU, with small rounding differences"
+    FLOAT32 = "float32", "full precision"
+    BFLOAT16 = "bfloat16", "faster, with small rounding differences"
 
 
 LABEL_FILES = (".txt", ".csv", ".jsonl", ".parquet")

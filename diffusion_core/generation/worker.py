@@ -35,7 +35,7 @@ class Generator:
     place in it. Surplus slots are computed and dropped.
 
     Args:
-        bundle: a loaded bundle; its network is moved to channels_last.
+        bundle: a loaded bundle; its network is moved to the layout that suits the device.
         config: how to sample (identity fields only).
         device: where the bundle's network is.
     """
@@ -49,8 +49,10 @@ class Generator:
             torch.backends.cudnn.deterministic = True
             torch.backends.cuda.matmul.allow_tf32 = False
             torch.backends.cudnn.allow_tf32 = False
-        bundle.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._network = _Watched(bundle.network, config.precision, self.device)
+        # Measured: channels_last is the faster layout on GPUs, and on CPUs the slower one (by 1.7 in bfloat16).
+        self._layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
+        bundle.network.to(memory_format=self._layout)  # type: ignore[call-overload]
+        self._network = _Watched(bundle.network, config.precision, self.device, self._layout)
         self._sampler = build_sampler(config.sampler, bundle.process)
         height, width, channels = bundle.config.image_shape
         self._shape = (channels, height, width)
@@ -114,7 +116,7 @@ class Generator:
         guidance = self.config.guidance if self.config.guidance.scale != 1 else None
         denoiser = Denoiser(self.bundle.process, self._network, cond, guidance, self.config.sampler)
         self._network.watch(len(batch))
-        x_T = noise.initial(self._shape, device=self.device).contiguous(memory_format=torch.channels_last)
+        x_T = noise.initial(self._shape, device=self.device).contiguous(memory_format=self._layout)
         x_0 = self._sampler.sample(denoiser, x_T, noise)
         bad = (self._network.bad | ~torch.isfinite(x_0).flatten(1).all(dim=1)).cpu().numpy()[slots]
         if bad.any():
@@ -130,11 +132,13 @@ class _Watched(nn.Module):
     Clamping would turn an infinity into an innocent pixel, so it has to be seen here, before the sampler.
     """
 
-    def __init__(self, network: nn.Module, precision: SamplingPrecision, device: torch.device) -> None:
+    def __init__(
+        self, network: nn.Module, precision: SamplingPrecision, device: torch.device, layout: torch.memory_format
+    ) -> None:
         super().__init__()
         self.network = network
         self.null_label = getattr(network, "null_label", 0)  # the label that means no label
-        self.precision, self.device = precision, device
+        self.precision, self.device, self.layout = precision, device, layout
         self.bad = torch.zeros(0, dtype=torch.bool)
 
     def watch(self, count: int) -> None:
@@ -143,7 +147,7 @@ class _Watched(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         with self._cast():
-            out = self.network(x_t.contiguous(memory_format=torch.channels_last), t, label).float()
+            out = self.network(x_t.contiguous(memory_format=self.layout), t, label).float()
         finite = torch.isfinite(out).flatten(1).all(dim=1)
         self.bad |= ~finite.view(-1, len(self.bad)).all(dim=0)  # guidance doubles the batch
         return out
