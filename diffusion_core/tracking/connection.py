@@ -142,8 +142,10 @@ def _quieten() -> None:
     """No usage statistics over the network, no page of chatter in the log. Call before importing mlflow."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    for name in ("alembic", "mlflow.store.db.utils", "mlflow.models.signature", "mlflow.pyfunc"):
+    noisy = ("store.db.utils", "store.model_registry.abstract_store", "models.signature", "pyfunc")
+    for name in ("alembic", *(f"mlflow.{part}" for part in noisy)):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

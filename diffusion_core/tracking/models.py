@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_core.bundle import bundle_digest
+from diffusion_core.bundle import RECORD, bundle_digest
 from diffusion_core.config import UserError
 from diffusion_core.storage import Directory
-from diffusion_core.tracking.connection import all_pages, client
+from diffusion_core.tracking.connection import all_pages, client, directory, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -144,11 +146,15 @@ def _bundle_of(version: ModelVersion, store: str | Directory) -> str:
     wanted = version.tags.get("bundle_digest")
     if wanted is None:
         raise UserError(f"Version {version.version} of the model {version.name!r} was not registered by this project.")
-    registered_copy = client(store).get_model_version_download_uri(version.name, version.version)
+    copy = f"{client(store).get_model_version_download_uri(version.name, version.version)}/artifacts/bundle"
+    if proxied := copy.startswith("mlflow-artifacts:"):  # behind the server: workers need it in the store
+        copy = f"{directory(store).uri}/bundles/{wanted}"
     problems = []
-    for uri in (version.tags.get("bundle_uri"), f"{registered_copy}/artifacts/bundle"):
-        if uri is None or uri.startswith("mlflow-artifacts:"):
+    for uri in (version.tags.get("bundle_uri"), copy):
+        if uri is None:
             continue
+        if proxied and uri == copy:
+            _fetch(version, store, Directory(copy))
         try:
             found = bundle_digest(uri)
         except UserError as error:
@@ -160,3 +166,16 @@ def _bundle_of(version: ModelVersion, store: str | Directory) -> str:
     raise UserError(
         f"The bundle {wanted} of version {version.version} of the model {version.name!r} is gone: {' '.join(problems)}"
     )
+
+
+def _fetch(version: ModelVersion, store: str | Directory, place: Directory) -> None:
+    """Copy a bundle from the MLflow server to the store, its record last."""
+    if place.exists(RECORD):
+        return
+    from mlflow.artifacts import download_artifacts
+
+    with tempfile.TemporaryDirectory() as folder:
+        uri = f"models:/{version.name}/{version.version}/artifacts/bundle"
+        local = Path(download_artifacts(uri, dst_path=folder, tracking_uri=tracking_uri(store)))
+        for path in sorted(local.iterdir(), key=lambda path: path.name == RECORD):
+            place.create_file(path.name, path)
