@@ -62,17 +62,26 @@ def models(store: str) -> list[Row]:
 
 
 def imagesets(store: str) -> list[Row]:
-    """Every image set with the number of its images."""
+    """Every image set with the number of its images, and whether it was made to be evaluated only."""
     from diffusion_core.generation.imageset import open_imageset
 
     root = Directory(store) / "images"
+    evaluated = {report["image_set"] for report in evaluations(store).values()}
     rows = []
     for set_id in root.children():
         if (root / set_id).exists("set.json"):
             images = open_imageset(root / set_id)
             total, run = images.total_images(), images.description.run_id
-            rows.append({"set": set_id, "images": total, "run": run, "uri": images.uri})
+            made_for = "evaluation" if images.uri in evaluated else "use"
+            rows.append({"set": set_id, "images": total, "for": made_for, "run": run, "uri": images.uri})
     return rows
+
+
+def evaluations(store: str) -> dict[str, Row]:
+    """The report of every evaluation by its URI."""
+    root = Directory(store) / "evaluations"
+    places = (root / child for child in root.children())
+    return {place.uri: place.read_json("evaluation.json") for place in places if place.exists("evaluation.json")}
 
 
 KINDS: dict[str, Callable[[str], list[Row]]] = {

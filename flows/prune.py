@@ -6,7 +6,6 @@ import re
 import time
 from calendar import timegm
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 
 from diffusion_core.bundle import RECORD, read_bundle_config
@@ -32,12 +31,14 @@ def candidates(store: str, older_than_s: float, unused: bool) -> list[Candidate]
 
     Args:
         older_than_s: age from which the files of a job (request, result, log) may go.
-        unused: also runs that no registered model and no image set came from, and dataset versions without a run.
+        unused: also runs that no registered model and no image set came from, with the evaluations of such runs, and
+            dataset versions without a run.
     """
     found = list(_old_jobs(store, older_than_s))
     if unused:
         runs = list(_unused_runs(store))
         found += runs
+        found += _their_evaluations(store, {Directory(candidate.uri).name for candidate in runs})
         found += _unused_datasets(store, kept_out={candidate.uri for candidate in runs})
     return found
 
@@ -57,11 +58,23 @@ def _old_jobs(store: str, older_than_s: float) -> Iterator[Candidate]:
 
 
 def _unused_runs(store: str) -> Iterator[Candidate]:
-    used = {row["run"] for row in listing.models(store)} | {row["run"] for row in listing.imagesets(store)}
+    used = {row["run"] for row in listing.models(store)}
+    used |= {row["run"] for row in listing.imagesets(store) if row["for"] == "use"}
     root = Directory(store) / "runs"
     for row in listing.runs(store):
         if row["run"] not in used and row["bundle"]:  # without a bundle it is still in training, or waits to continue
-            yield _candidate(root / row["run"], "finished run: no registered model and no image set came from it")
+            yield _candidate(
+                root / row["run"], "finished run: no registered model and no image set for use came from it"
+            )
+
+
+def _their_evaluations(store: str, runs: set[str]) -> Iterator[Candidate]:
+    sets = {row["uri"] for row in listing.imagesets(store) if row["for"] == "evaluation" and row["run"] in runs}
+    for uri in sorted(sets):
+        yield _candidate(Directory(uri), "samples of an evaluation of such a run")
+    for uri, report in listing.evaluations(store).items():
+        if report["image_set"] in sets:
+            yield _candidate(Directory(uri), "report of an evaluation of such a run")
 
 
 def _unused_datasets(store: str, kept_out: set[str]) -> Iterator[Candidate]:
@@ -73,7 +86,7 @@ def _unused_datasets(store: str, kept_out: set[str]) -> Iterator[Candidate]:
             return  # a run without a bundle does not tell which dataset it reads: nothing is certain to be unused
         used.add(_dataset_of(Directory(row["uri"]) / f"bundles/{row['bundle']}"))
     for images in listing.imagesets(store):
-        with suppress(FileNotFoundError):
+        if images["for"] == "use":
             used.add(str(Directory(images["uri"]).read_json("set.json")["dataset"]["uri"]))
     for row in listing.datasets(store):
         if row["uri"] not in used and Directory(row["uri"]).exists(MANIFEST):

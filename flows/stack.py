@@ -26,6 +26,7 @@ from diffusion_core.storage import Directory
 HOST = "127.0.0.1"
 START_TIMEOUT_S, STOP_TIMEOUT_S = 180.0, 30.0
 SERVICES = ("prefect", "mlflow", "deployments")
+QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _ensure(store: str, name: str, port: int | None, command: list[str], environ
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", **environment},
+            env={**os.environ, **QUIET, **environment},
             start_new_session=True,
         )
     url = None if port is None else f"http://{HOST}:{port}"

@@ -156,7 +156,10 @@ def test_the_store_lists_what_it_has(first: Any, store: str, capsys: pytest.Capt
     assert [row["model"] for row in found["models"]] == ["models:/digits/1"]
     assert "champion" in found["models"][0]["aliases"]
     assert [row["uri"] for row in found["datasets"]] == [first.dataset.uri]
-    assert [(row["set"], row["images"]) for row in found["imagesets"]] == [(first.images.set_id, COUNT)]
+    assert {(row["set"], row["images"]) for row in found["imagesets"] if row["for"] == "use"} == {
+        (first.images.set_id, COUNT)
+    }
+    assert [row["images"] for row in found["imagesets"] if row["for"] == "evaluation"] == [32]
     assert first.run.run_id in [row["run"] for row in found["runs"]]
     assert main(["prune", "--unused", "--older-than", "0s", "--store", store, "--json"]) == 0
     going = [candidate["uri"] for candidate in json.loads(capsys.readouterr().out)["candidates"]]
@@ -234,3 +237,24 @@ def _checkpoints(store: str, besides: set[str]) -> list[int]:
         if run not in besides and rest.startswith("checkpoints/") and rest.endswith(RECORD):
             found.append(int(rest.split("/")[1]))
     return found
+
+
+def test_prune_takes_what_nothing_came_from_and_nothing_else(
+    first: Any, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After the interrupted and continued run above, which nobody registered."""
+    from flows.cli import main
+
+    runs = set((Directory(store) / "runs").children())
+    options = ["--unused", "--older-than", "0s", "--store", store, "--json"]
+    assert main(["prune", *options]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert not told["deleted"] and set((Directory(store) / "runs").children()) == runs
+    assert main(["prune", *options, "--yes"]) == 0
+    deleted = [item["uri"] for item in json.loads(capsys.readouterr().out)["candidates"]]
+    assert [uri for uri in deleted if "/jobs/" not in uri] == [
+        f"{store}/runs/{run}" for run in runs - {first.run.run_id}
+    ]
+    assert (Directory(store) / "jobs").children() == []
+    for reference in (first.images.set_id, first.dataset.uri, first.run.bundle_uri):
+        assert main(["verify", reference, "--store", store]) == 0
