@@ -1,1 +1,1 @@
-"""The Ray programs of the pipeline, one module a stage, each runnable as `python -m diffusion_core.jobs.<stage> <request URI>`."""
+"""The Ray programs of the pipeline, one module a stage: `python -m diffusion_core.jobs.<stage> <request URI>`."""

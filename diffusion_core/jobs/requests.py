@@ -1,4 +1,4 @@
-"""The typed request and result of every job. Flows and the command know these and nothing else of a job: no Ray here."""
+"""The typed request and result of every job. Flows and the command know these and nothing else of a job."""
 
 from __future__ import annotations
 
