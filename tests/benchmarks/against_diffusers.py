@@ -17,6 +17,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> list[Path]:
     """Measure, print a table, and return the files that were written, one pair a device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], help="only this one; default: all there are")
-    parser.add_argument("--seconds", type=float, default=16, help="seconds for each measurement (default 16)")
+    parser.add_argument("--seconds", type=float, default=12, help="seconds for each measurement (default 12)")
     parser.add_argument("--shapes", type=int, default=9, help="only the first so many network shapes")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], action="append", help="default: both")
     parser.add_argument("--compile", action="store_true", help="compile the networks of both sides")
@@ -81,10 +82,12 @@ def _measure_shape(
     results = []
     for task, images in (("training step", shape.train_batch), (f"DDIM, {shape.steps} steps", shape.sample_batch)):
         act = "train_step" if task == "training step" else "sample"
-        layout = "channels_last" if options.compile else _choose_layout(peer, act, device)
+        trial = peer.train_step if act == "train_step" else partial(peer.sample, steps=5)
+        layout = "channels_last" if options.compile else _choose_layout(peer, trial, device)
         rounds = _take_turns(getattr(ours, act), getattr(peer, act), device, options.seconds)
         result = {"shape": shape.name, "parameters": ours.parameters, "precision": precision, "task": task}
         result |= {"batch": images, "peer_layout": layout, **_figures(rounds, images)}
+        result["load"] = round(os.getloadavg()[0], 1)
         print(_line(result), flush=True)
         results.append(result)
     ours.close()
@@ -95,8 +98,8 @@ def _take_turns(
     ours: Callable[[], object], peer: Callable[[], object], device: torch.device, seconds: float
 ) -> list[tuple[float, float]]:
     """Seconds of each side in every round. A short task is repeated until a turn takes a noticeable time."""
-    _timed(ours, device, 2), _timed(peer, device, 2)
-    repeats = max(1, round(0.3 / max(_timed(ours, device, 1), 1e-4)))
+    _timed(peer, device, 1)
+    repeats = max(1, round(0.3 / min(_timed(ours, device, 1) for _ in range(2))))
     rounds: list[tuple[float, float]] = []
     end = time.monotonic() + seconds
     while len(rounds) < ROUNDS[0] or (len(rounds) < ROUNDS[1] and time.monotonic() < end):
@@ -123,12 +126,11 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _choose_layout(peer: Peer, act: str, device: torch.device) -> str:
+def _choose_layout(peer: Peer, act: Callable[[], object], device: torch.device) -> str:
     seconds = {}
     for layout in ("contiguous", "channels_last"):
         peer.arrange(layout)
-        _timed(getattr(peer, act), device, 1)
-        seconds[layout] = min(_timed(getattr(peer, act), device, 1) for _ in range(2))
+        seconds[layout] = min(_timed(act, device, 1) for _ in range(3))
     best = min(seconds, key=lambda layout: seconds[layout])
     peer.arrange(best)
     return best
@@ -205,16 +207,17 @@ def _markdown(report: dict[str, Any]) -> str:
         f"# Beside diffusers on {facts['device']}",
         "",
         "Medians over rounds in which both sides took turns, with quartiles. A ratio above 1 means that this project is"
-        " faster. The same parameters, attention heads and precision; the peer has the faster of two memory layouts.",
+        " faster. The same parameters, attention heads and precision; the peer has the faster of two memory layouts."
+        " `load` is the machine's load average at the end: above the number of threads, others worked too.",
         "",
-        "| network | parameters | precision | task | batch | images/s | diffusers | ratio | rounds |",
-        "|---|---:|---|---|---:|---:|---:|---:|---:|",
+        "| network | parameters | precision | task | batch | images/s | diffusers | ratio | rounds | load |",
+        "|---|---:|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for result in report["results"]:
         ours, peer, ratio = (_shown(result[name]) for name in ("ours", "peer", "ratio"))
         lines.append(
             f"| {result['shape']} | {result['parameters'] / 1e6:.2f} M | {result['precision']} | {result['task']} "
-            f"| {result['batch']} | {ours} | {peer} | {ratio} | {result['rounds']} |"
+            f"| {result['batch']} | {ours} | {peer} | {ratio} | {result['rounds']} | {result['load']} |"
         )
     return "\n".join([*lines, "", *(f"- {name.replace('_', ' ')}: {value}" for name, value in facts.items()), ""])
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
+from diffusers.utils import logging as diffusers_logging
 from torch import nn
 
 from diffusion_core.data import Batch
@@ -34,6 +35,8 @@ from diffusion_core.training.world import World
 CLASSES = 10
 TIMESTEPS = 1000
 LABEL_DROPOUT = 0.1
+diffusers_logging.set_verbosity_error()
+
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
@@ -151,13 +154,13 @@ class Peer:
         self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def sample(self) -> np.ndarray:
+    def sample(self, steps: int | None = None) -> np.ndarray:
         height, width, channels = self.shape.image_shape
         dtype = torch.bfloat16 if self.halved else torch.float32
         x = torch.randn(self.shape.sample_batch, channels, height, width, device=self.device, dtype=dtype)
         x = x.contiguous(memory_format=LAYOUTS[self.layout])
         labels = torch.arange(len(x), device=self.device) % CLASSES
-        self.sampler.set_timesteps(self.shape.steps)
+        self.sampler.set_timesteps(steps or self.shape.steps)
         for t in self.sampler.timesteps:
             x = self.sampler.step(self.sampling_model(x, t, class_labels=labels).sample, t, x, eta=0.0).prev_sample
         images = (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
