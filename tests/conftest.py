@@ -67,10 +67,8 @@ def _clean_environment() -> None:
 _clean_environment()  # at import, before any library reads its settings
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _remove_home() -> Iterator[None]:
-    yield
-    shutil.rmtree(HOME, ignore_errors=True)
+def pytest_unconfigure() -> None:
+    shutil.rmtree(HOME, ignore_errors=True)  # processes that are ending may still write there
 
 
 @pytest.fixture(autouse=True)
