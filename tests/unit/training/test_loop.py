@@ -165,6 +165,15 @@ def test_who_lost_the_run_writes_nothing_more(store, dataset):
     assert checkpoints(run.checkpoints) == [50]
 
 
+def test_a_run_lost_just_before_a_checkpoint_does_not_write_it(store, dataset):
+    spec = toy_spec(dataset)
+    run = open_run(store, spec)
+    asked = itertools.count(1)  # four steps ask once each; the fifth asks before it saves
+    with pytest.raises(LeaseLostError):
+        train(spec, run, should_stop=lambda: LOST if next(asked) >= 5 else None)
+    assert checkpoints(run.checkpoints) == []
+
+
 def test_the_time_budget_counts_all_attempts(store, dataset, monkeypatch):
     """Each step takes one second by a clock that only steps move."""
     now = [0.0]
