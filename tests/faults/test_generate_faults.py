@@ -24,9 +24,9 @@ from diffusion_core.jobs.requests import GenerateRequest, GenerateResult, Resour
 from tests.tiny_bundle import tiny_bundle
 
 CONFIG = GenerationConfig.model_validate(
-    {"count": 320, "first_image_id": 0, "batch_size": 8, "images_per_shard": 8, "sampler": {"steps": 100}}
+    {"count": 192, "first_image_id": 0, "batch_size": 8, "images_per_shard": 8, "sampler": {"steps": 100}}
 )
-SHARDS = 40
+SHARDS, IMAGES = 24, 192
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +101,8 @@ def test_the_job_is_ended_midway_and_run_again(ray_cluster, tmp_path, store, bun
     assert 4 <= len(before) < SHARDS
 
     result = finish(start(store, tmp_path / "2", bundle), tmp_path / "2")
-    assert (result.images, result.total_images) == (320, 320)
-    assert 0 < result.generated <= 320 - 8 * len(before)
+    assert (result.images, result.total_images) == (IMAGES, IMAGES)
+    assert 0 < result.generated <= IMAGES - 8 * len(before)
     after = committed(images)
     assert {key: after[key] for key in before} == before, "a committed shard was written again"
     assert files_of(images) == uninterrupted
@@ -112,7 +112,7 @@ def test_the_job_is_ended_midway_and_run_again(ray_cluster, tmp_path, store, bun
 def test_two_jobs_at_once_make_one_set(ray_cluster, tmp_path, store, bundle, uninterrupted):
     jobs = [start(store, tmp_path / name, bundle) for name in "ab"]
     results = [finish(job, tmp_path / name) for job, name in zip(jobs, "ab", strict=True)]
-    assert [result.images for result in results] == [320, 320]
+    assert [result.images for result in results] == [IMAGES, IMAGES]
     assert files_of(the_set(store, bundle)) == uninterrupted
 
 
@@ -136,7 +136,7 @@ def test_a_worker_is_killed_midway(session, store, bundle, uninterrupted):
     done = generate(bundle, CONFIG, store, Resources(workers=2), worker=TellsItsPid)
     killer.join()
     assert killed
-    assert done.stored == 320
+    assert done.stored == IMAGES
     assert files_of(images) == uninterrupted
 
 
@@ -157,7 +157,7 @@ class DiesAlways(ShardWorker):
 
 def test_a_process_that_dies_once_costs_nothing_but_time(session, store, bundle, uninterrupted):
     done = generate(bundle, CONFIG, store, Resources(workers=2), worker=DiesOnce)
-    assert done.stored == 320
+    assert done.stored == IMAGES
     assert files_of(done.images) == uninterrupted
 
 
@@ -165,7 +165,7 @@ def test_shards_that_kill_their_process_end_alone_and_are_finished_by_the_next_r
     session, store, bundle, uninterrupted
 ):
     with pytest.raises(
-        UserError, match=r"2 of 40 shards failed, for example shard 5 \(images 40 to 47\): the worker"
+        UserError, match=r"2 of 24 shards failed, for example shard 5 \(images 40 to 47\): the worker"
     ) as e:
         generate(bundle, CONFIG.model_copy(update={"max_retries": 1}), store, Resources(workers=2), worker=DiesAlways)
     assert DIED in str(e.value)
@@ -174,7 +174,7 @@ def test_shards_that_kill_their_process_end_alone_and_are_finished_by_the_next_r
     assert images.directory.exists("failed.parquet")
 
     done = generate(bundle, CONFIG, store, Resources(workers=2))
-    assert (done.generated, done.stored) == (16, 320)
+    assert (done.generated, done.stored) == (16, IMAGES)
     assert files_of(open_imageset(images.uri)) == uninterrupted
 
 
@@ -191,14 +191,14 @@ def test_errors_are_retried_a_finite_number_of_times_and_reported(session, store
 
     allowed = CONFIG.model_copy(update={"max_retries": 1, "max_failed_shards": 20})
     done = generate(bundle, allowed, store, Resources(workers=2), worker=Raises)
-    assert (done.stored, done.generated) == (160, 160)
+    assert (done.stored, done.generated) == (96, 96)
     rows = pq.read_table(pa.BufferReader(done.images.directory.read("failed.parquet"))).to_pylist()
-    assert [row["shard"] for row in rows] == list(range(1, 40, 2))
+    assert [row["shard"] for row in rows] == list(range(1, SHARDS, 2))
     assert rows[0]["error"] == "OSError: [Errno 5] bad luck with shard 1"
     assert {row["attempts"] for row in rows} == {2}
     done = generate(bundle, CONFIG, store, Resources(workers=2))
-    assert (done.stored, done.generated) == (320, 160)
+    assert (done.stored, done.generated) == (IMAGES, 96)
     assert not done.images.directory.exists("failed.parquet")
     ours = files_of(done.images)
-    assert ours.pop("closed-319.json")
+    assert ours.pop("closed-191.json")
     assert ours == uninterrupted

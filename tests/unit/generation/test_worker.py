@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from diffusion_core.bundle import load_bundle
+from diffusion_core.diffusion import KeyedNoise
 from diffusion_core.generation import GenerationConfig
 from diffusion_core.generation.labels import Labels
 from diffusion_core.generation.worker import Generator, NonFiniteImages
@@ -56,8 +57,8 @@ def test_the_noise_of_each_step_belongs_to_the_image(bundle_uri, sampler):
 
 
 def test_the_labels_of_neighbours_do_not_matter(generator, images):
-    ids = np.array([4, 12])
-    np.testing.assert_array_equal(generator.images(ids, np.array([4, 2])), images[ids])
+    ids = np.array([4, 12, 5])
+    np.testing.assert_array_equal(generator.images(ids, np.array([4, 2, 5])), images[ids])
 
 
 def test_the_label_matters(generator, images):
@@ -96,6 +97,29 @@ def test_bfloat16_is_close_and_deterministic(bundle_uri):
     np.testing.assert_array_equal(first, second)
     assert np.mean(np.abs(first - exact)) < 8
     assert not np.array_equal(first, exact)
+
+
+class Recorded(torch.nn.Module):
+    """Keeps what the network was asked."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.null_label, self.asked = network, network.null_label, []
+
+    def forward(self, x_t, t, label):
+        self.asked.append((x_t.clone(), label.clone()))
+        return self.network(x_t, t, label)
+
+
+@pytest.mark.parametrize("ids", [[13], [15, 9], list(range(8, 16))])
+def test_an_image_has_its_place_in_an_aligned_batch_of_fixed_size(bundle_uri, ids):
+    bundle = load_bundle(bundle_uri)
+    network = Recorded(bundle.network)
+    config = GenerationConfig(batch_size=8, sampler={"steps": 3})
+    Generator(dataclasses.replace(bundle, network=network), config).images(np.array(ids), BALANCED)
+    assert [x_t.shape for x_t, _ in network.asked] == [(8, 1, 8, 8)] * 3
+    torch.testing.assert_close(network.asked[0][0], KeyedNoise(0, range(8, 16)).initial((1, 8, 8)), rtol=0, atol=0)
+    assert network.asked[0][1].tolist() == [8, 9, 0, 1, 2, 3, 4, 5]
 
 
 class Poisoned(torch.nn.Module):
