@@ -94,7 +94,7 @@ def open_upright(item: bytes | np.ndarray, config: DatasetConfig) -> Image.Image
         raise RejectedItem("not an image in any format that Pillow knows") from error
     except Image.DecompressionBombError as error:
         raise RejectedItem(f"decompression bomb: {_short(error)}") from error
-    except RejectedItem:
+    except (RejectedItem, MemoryError):  # a worker short of memory says nothing about the image
         raise
     except Exception as error:  # on damaged files Pillow's decoders raise almost anything
         raise RejectedItem(f"damaged: {_short(error)}") from error

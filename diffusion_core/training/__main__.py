@@ -79,7 +79,7 @@ def _train(spec: TrainSpec, run: RunDirectory) -> TrainOutcome:
     try:
         with Progress("train", spec.training.target_images, write=_show if world.leads else _hide) as progress:
             should_stop = _StopAsked(signals, lease, LOST)
-            result = train(spec, run, world, None, progress, should_stop)
+            result = train(spec, run, world, None, progress, should_stop, start=spec.training.init_from)
         outcome = "ok"
         return result
     finally:

@@ -137,3 +137,12 @@ def test_limits_hold_before_anything_is_decoded():
         transform(encoded(pixels(8, 11, 11)), max_pixels=100)
     with pytest.raises(RejectedItem, match="too large a file: 1,048,577 bytes"):
         transform(b"x" * ((1 << 20) + 1), max_file_mb=1)
+
+
+def test_a_worker_short_of_memory_rejects_nothing(monkeypatch):
+    def no_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", no_memory)
+    with pytest.raises(MemoryError):
+        transform(encoded(pixels(0, 8, 8, 1)))

@@ -107,6 +107,8 @@ class ParquetReader(Reader):
                 stop = int(np.searchsorted(rows, at + len(batch)))
                 yield from self._items(file, batch, at, slots[done:stop], rows[done:stop])
                 at, done = at + len(batch), stop
+        except MemoryError:  # Arrow's is also an ArrowException; it says nothing about the file
+            raise
         except (pa.ArrowException, OSError) as error:
             if not self.place.is_local:  # it may be the network, and a reject would be for ever
                 raise
@@ -146,6 +148,8 @@ class ParquetSource(Source):
                     parquet = pq.ParquetFile(stream)
                     file = self._describe(entry.key, parquet, first)
                     columns = self._read_columns(parquet, file)
+            except MemoryError:
+                raise
             except (pa.ArrowException, OSError) as error:
                 rejected.append((entry.key, f"not a readable Parquet file: {error}"))
                 continue

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import math
+import signal
+import sys
 
 import pytest
 import torch
@@ -17,7 +20,16 @@ from diffusion_core.training import open_run, train
 from diffusion_core.training.checkpoint import checkpoints
 from diffusion_core.training.loop import LOST, LeaseLostError
 from diffusion_core.training.run import INTERRUPTED
-from tests.toy_training import StopAt, assert_same_weights, losses, toy_dataset, toy_network, toy_spec, weights
+from tests.toy_training import (
+    StopAt,
+    assert_same_weights,
+    losses,
+    toy_dataset,
+    toy_network,
+    toy_request,
+    toy_spec,
+    weights,
+)
 
 
 class CrashError(Exception):
@@ -259,6 +271,25 @@ def test_starting_from_a_bundle(store, dataset, straight):
     assert run.run_id != open_run(store, toy_spec(dataset, learning_rate=1e-9, images=20)).run_id
     train(spec, run, start=origin)
     theirs, ours = load_bundle(origin).network.state_dict(), weights(run)
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[f"network/{name}"], tensor, rtol=0, atol=1e-6)
+
+
+def test_the_program_without_ray_starts_from_the_bundle_too(store, dataset, straight, tmp_path, monkeypatch):
+    from diffusion_core.training.__main__ import main
+
+    origin = straight[0].bundle(200).uri
+    spec = toy_spec(dataset, init_from=origin, learning_rate=1e-9, images=20)
+    request = tmp_path / "request.json"
+    request.write_text(json.dumps(toy_request(store, spec)))
+    monkeypatch.setattr(sys, "argv", ["training", str(request)])
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert main() == 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    theirs, ours = load_bundle(origin).network.state_dict(), weights(open_run(store, spec))
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[f"network/{name}"], tensor, rtol=0, atol=1e-6)
 
