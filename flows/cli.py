@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -59,7 +60,7 @@ def _told(error: Exception) -> int:
 def demo(store: o.Store = None, settings: o.Settings = None, as_json: o.Json = False) -> None:
     """Run the whole pipeline on real handwritten digits, in minutes."""
     config = _config("digits", None, settings, store=store)
-    _pipeline(config, "--preset digits" + _repeated(None, settings), as_json)
+    _pipeline(config, {"preset": "digits", "set": settings}, as_json)
 
 
 @app.command()
@@ -87,8 +88,7 @@ def pipeline(
         key: value for key, value in locals().items() if key not in ("preset", "config_file", "settings", "as_json")
     }
     config = _config(preset, config_file, settings, **given)
-    chosen = [f"--preset {preset}" if preset else "", f"--config {config_file}" if config_file else ""]
-    _pipeline(config, " ".join(part for part in chosen if part) + _repeated(name, settings), as_json)
+    _pipeline(config, {**given, "preset": preset, "config": config_file, "set": settings}, as_json)
 
 
 @app.command()
@@ -269,7 +269,7 @@ def _config(
     return load(preset, file, settings or (), source_needed, given)
 
 
-def _pipeline(config: PipelineConfig, settings: str, as_json: bool) -> None:
+def _pipeline(config: PipelineConfig, typed: Mapping[str, Any], as_json: bool) -> None:
     from flows import preflight, results
     from flows.runner import run_flow
 
@@ -278,7 +278,7 @@ def _pipeline(config: PipelineConfig, settings: str, as_json: bool) -> None:
     _show(result, results.pipeline_rows, as_json)
     if not as_json:
         typer.echo("\nnext:")
-        for command in results.next_commands(result, settings.strip()):
+        for command in results.next_commands(result, typed):
             typer.echo(f"  {command}")
 
 
@@ -289,14 +289,6 @@ def _show(result: Any, rows: Any, as_json: bool) -> None:
         cli_store.print_json(results.as_json(result))
     else:
         typer.echo(results.aligned(rows(result)))
-
-
-def _repeated(name: str | None, settings: list[str] | None) -> str:
-    import shlex
-
-    words = [f"--name {name}"] if name else []
-    words += [f"--set {shlex.quote(setting)}" for setting in settings or ()]
-    return "".join(f" {word}" for word in words)
 
 
 cli_store.add_to(app)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,15 +61,33 @@ def pipeline_rows(result: PipelineResult) -> Rows:
     ]
 
 
-def next_commands(result: PipelineResult, settings: str) -> list[str]:
-    """The three commands worth typing after a pipeline. `settings`: the options that chose the configuration."""
-    store = f"--store {result.store}"
-    model = f"models:/{result.name}/{result.version.version}"
+def next_commands(result: PipelineResult, typed: Mapping[str, Any]) -> list[str]:
+    """The three commands worth typing after a pipeline; the training continues its run.
+
+    Args:
+        result: what the pipeline answered.
+        typed: the options it was given, by name, with None for one that was not, and a list for `set`.
+    """
+    chosen = {name: typed.get(name) for name in ("preset", "config", "name", "set", "workers", "backend")}
+    start = {name: typed.get(name) for name in ("batch_size", "init_from")}
+    store, dataset = result.store, result.dataset.uri
+    model = f"models:/{result.version.model}/{result.version.version}"
+    longer = 2 * result.run.images_seen
     return [
-        f"diffusion lineage {result.images.uri} {store}",
-        f"diffusion generate {settings} {store} --model {model} --count 10000",
-        f"diffusion train {settings} {store} --images {2 * result.run.images_seen} --time-budget 20m",
+        _command("lineage", result.images.uri, store=store),
+        _command("generate", **chosen, store=store, model=model, count=10_000),
+        _command("train", **chosen, **start, store=store, dataset=dataset, images=longer, time_budget="20m"),
     ]
+
+
+def _command(verb: str, *arguments: str, **options: Any) -> str:
+    """A line for the shell; options that are None are left out, and lists give one option an entry."""
+    words = ["diffusion", verb, *arguments]
+    for name, value in options.items():
+        for entry in value if isinstance(value, list) else [value]:
+            if entry is not None:
+                words += [f"--{name.replace('_', '-')}", str(entry)]
+    return shlex.join(words)
 
 
 def shard_rows(result: ShardResult) -> Rows:

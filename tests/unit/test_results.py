@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import shlex
+from typing import Any
 
+from diffusion_core.config import digest
 from diffusion_core.jobs.requests import EvaluateResult, GenerateResult, RegisterResult, ShardResult, TrainResult
 from diffusion_core.progress import ProgressEvent
 from flows.display import Lines, Pace, current_display, shown
-from flows.results import PipelineResult, aligned, figure_table, markdown, next_commands, pipeline_rows
+from flows.results import PipelineResult, aligned, figure_table, markdown, pipeline_rows
 
 RESULT = PipelineResult(
     name="digits",
@@ -69,16 +72,42 @@ def test_the_table_at_the_end_has_everything():
     assert figure_table(RESULT.evaluation)[1]["held-out real images (floor)"] is None
 
 
-def test_the_next_commands_are_accepted_by_the_command():
-    from flows.cli import app
+def test_the_next_commands_continue_the_same_run(monkeypatch, tmp_path, capsys):
+    """What a pipeline prints at its end is typed again, word for word, and asks for the same training and images."""
+    from flows import cli, preflight, runner
 
-    commands = next_commands(RESULT, "--preset digits")
-    assert len(commands) == 3
-    verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
-    for command in commands:
-        program, verb, *arguments = command.split()
-        assert program == "diffusion" and verb in verbs
-        assert "--store" in arguments
+    asked: dict[str, Any] = {}
+    results = {"diffusion_pipeline": RESULT, "train_model": RESULT.run, "generate_images": RESULT.images}
+
+    def run_flow(name: str, request: Any, *_: Any) -> Any:
+        asked[name] = request
+        return results[name].model_copy(update={"store": request.store} if name == "diffusion_pipeline" else {})
+
+    monkeypatch.setattr(runner, "run_flow", run_flow)
+    for check in ("check_pipeline", "check_train", "check_generate"):
+        monkeypatch.setattr(preflight, check, lambda *_: None)
+    file = tmp_path / "my settings.yaml"
+    file.write_text("preset: digits\ntraining: {learning_rate: 0.01}\n")
+    typed = ["--config", str(file), "--store", str(tmp_path / "my store"), "--name", "pets", "--workers", "3"]
+    typed += ["--set", "training.betas=[0.8, 0.9]", "--set", "generation.seed=5", "--image-size", "4"]
+    typed += ["--batch-size", "96", "--init-from", "models:/big cats/1", "--backend", "jobs"]
+    assert cli.main(["pipeline", *typed]) == 0
+    lineage, *others = capsys.readouterr().out.partition("\nnext:\n")[2].splitlines()
+    assert shlex.split(lineage) == ["diffusion", "lineage", RESULT.images.uri, "--store", str(tmp_path / "my store")]
+    for command in others:
+        program, *arguments = shlex.split(command)
+        assert program == "diffusion" and cli.main(arguments) == 0
+
+    pipeline = asked["diffusion_pipeline"]
+    for request, first in (
+        (asked["train_model"], pipeline.train_request(RESULT.dataset)),
+        (asked["generate_images"], pipeline.generate_request(RESULT.version)),
+    ):
+        assert digest(request) == digest(first)
+        assert (request.store, request.resources.workers) == (first.store, 3)
+    train = asked["train_model"]
+    assert (train.training.batch_size, train.training.init_from) == (96, "models:/big cats/1")
+    assert (train.experiment, train.training.images) == ("pets", 128_000)
 
 
 def test_plain_lines_come_at_growing_intervals():
