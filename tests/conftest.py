@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import uuid
@@ -61,6 +62,8 @@ def _clean_environment() -> None:
         if name.startswith(FOREIGN):
             del os.environ[name]
     os.environ.update(SETTINGS)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background: what tests start would not hear it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     (HOME / "ray").mkdir()
 
 

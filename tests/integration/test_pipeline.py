@@ -205,12 +205,16 @@ def test_ctrl_c_ends_the_job_and_the_same_command_goes_on(first: Any, store: str
     runs = set((Directory(store) / "runs").children())
 
     process = subprocess.Popen([*command, "--images", "10000000"], env=environment, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (progress := _checkpoints(store, runs)):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, news = process.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 120
+        while not (progress := _checkpoints(store, runs)):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, news = process.communicate(timeout=60)
+    finally:
+        process.terminate()  # whatever failed, the job must not hold the cluster that the other tests need
+        process.wait()
     assert process.returncode == 130
     assert news.rstrip().endswith("Interrupted; the same command continues the work.")
     assert "Traceback" not in news
