@@ -62,7 +62,7 @@ def _clean_environment() -> None:
         if name.startswith(FOREIGN):
             del os.environ[name]
     os.environ.update(SETTINGS)
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background: what tests start would not hear it
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of a shell's background job
         signal.signal(signal.SIGINT, signal.default_int_handler)
     (HOME / "ray").mkdir()
 
