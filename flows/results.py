@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -151,11 +152,22 @@ def generate_rows(result: GenerateResult) -> Rows:
 
 
 def figure_lines(result: EvaluateResult) -> list[str]:
-    """`frechet 12.3 (held-out real images: 4.5)`, one a figure."""
-    return [
-        f"{name} {value:.4g}" + (f" (held-out real images: {result.floor[name]:.4g})" if name in result.floor else "")
-        for name, value in result.figures.items()
-    ] or ["no figures"]
+    """`kernel_distance -4.4 ± 5.0 (held-out real images: -4.1 ± 4.6)`, one a figure."""
+    lines = []
+    for name in result.figures:
+        if not name.endswith("_error"):  # of the figure before it, and shown with it
+            floor = f" (held-out real images: {_amount(result.floor, name)})" if name in result.floor else ""
+            lines.append(f"{name} {_amount(result.figures, name)}{floor}")
+    return lines or ["no figures"]
+
+
+def _amount(figures: Mapping[str, float], name: str) -> str:
+    """A figure, with its standard error if it has one, which then decides how many digits mean anything."""
+    value, error = figures[name], figures.get(f"{name}_error")
+    if not error:
+        return f"{value:.4g}"
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 
 def figure_table(result: EvaluateResult) -> list[dict[str, Any]]:

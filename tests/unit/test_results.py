@@ -10,7 +10,7 @@ from diffusion_core.config import digest
 from diffusion_core.jobs.requests import EvaluateResult, GenerateResult, RegisterResult, ShardResult, TrainResult
 from diffusion_core.progress import ProgressEvent
 from flows.display import Lines, Pace, current_display, shown
-from flows.results import PipelineResult, aligned, figure_table, markdown, pipeline_rows
+from flows.results import PipelineResult, aligned, figure_lines, figure_table, markdown, pipeline_rows
 
 RESULT = PipelineResult(
     name="digits",
@@ -70,6 +70,18 @@ def test_the_table_at_the_end_has_everything():
         assert part in text
     assert "| model version | models:/digits/3" in markdown(pipeline_rows(RESULT), "Pipeline")
     assert figure_table(RESULT.evaluation)[1]["held-out real images (floor)"] is None
+
+
+def test_an_error_stands_beside_its_figure():
+    names = ("kernel_distance", "kernel_distance_error", "kid", "kid_error", "recall")
+    figures = dict(zip(names, (-4.3987, 4.96, 0.01234, 0.00061, 0.5), strict=True))
+    floor = {"kernel_distance": -4.11, "kernel_distance_error": 4.6, "kid": 0.0, "kid_error": 0.0}
+    result = EvaluateResult(seconds=1, reused=False, uri="/s/e", figures=figures, floor=floor)
+    assert figure_lines(result) == [
+        "kernel_distance -4.4 ± 5.0 (held-out real images: -4.1 ± 4.6)",
+        "kid 0.01234 ± 0.00061 (held-out real images: 0)",
+        "recall 0.5",
+    ]
 
 
 def test_the_next_commands_continue_the_same_run(monkeypatch, tmp_path, capsys):
