@@ -24,6 +24,7 @@ from diffusion_core.config import UserError
 from diffusion_core.storage import Directory
 
 HOST = "127.0.0.1"
+PROC = Path("/proc")
 START_TIMEOUT_S, STOP_TIMEOUT_S = 180.0, 30.0
 SERVICES = ("prefect", "mlflow", "deployments")
 QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -177,7 +178,16 @@ def _reap(pid: int) -> None:
 
 def _started(pid: int) -> str:
     """When a process started, as text that differs between two processes of the same id; empty if there is none."""
-    shown = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    if (PROC / "self/stat").exists():  # Linux, where slim images have no ps
+        try:
+            fields = (PROC / f"{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return ""
+        return "" if fields[0] in "ZX" else f"{fields[19]} ticks after the boot"
+    try:
+        shown = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True)
+    except FileNotFoundError:
+        raise UserError("stack: the program ps is needed to look after its processes; install it (procps).") from None
     state, _, started = shown.stdout.strip().partition(" ")
     return "" if state.startswith("Z") else started.strip()
 

@@ -1,0 +1,42 @@
+"""Telling a process of the stack from another with the same id, with and without /proc and ps."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffusion_core.config import UserError
+from flows import stack
+
+SYSTEMS = [
+    pytest.param("/proc", marks=pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc here")),
+    pytest.param("/nowhere", marks=pytest.mark.skipif(shutil.which("ps") is None, reason="no ps here")),
+]
+
+
+@pytest.mark.parametrize("proc", SYSTEMS)
+def test_when_a_process_started(proc: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stack, "PROC", Path(proc))
+    if proc == "/proc":
+        monkeypatch.setenv("PATH", "")
+    started = stack._started(os.getpid())
+    assert started and stack._started(os.getpid()) == started
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert stack._started(child.pid)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert stack._started(child.pid) == "", "a zombie"
+    child.communicate()
+    assert stack._started(child.pid) == ""
+
+
+def test_without_proc_and_ps_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stack, "PROC", Path("/nowhere"))
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="program ps"):
+        stack._started(os.getpid())
