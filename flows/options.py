@@ -41,7 +41,10 @@ Workers = Annotated[str | None, typer.Option("--workers", metavar="N", help="Wor
 Samples = Annotated[str | None, typer.Option("--samples", metavar="N", help="Images that the evaluation generates.")]
 Count = Annotated[str | None, typer.Option("--count", metavar="N", help="Images to generate.")]
 FirstImageId = Annotated[
-    str | None, typer.Option("--first-image-id", metavar="N", help="First image id; default: the next free one.")
+    str | None,
+    typer.Option(
+        "--first-image-id", metavar="N", help="First image id; default: the configuration's, else the next free one."
+    ),
 ]
 Labels = Annotated[
     str | None, typer.Option("--labels", help="balanced, classes as 3,5 or cat,dog, or a file of labels.")
