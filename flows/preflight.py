@@ -51,13 +51,14 @@ def check_pipeline(config: PipelineConfig) -> None:
     check_sampling("generation", config.generation.sampler, config.process)
     check_evaluation(config.evaluation)
     check_labels(config.generation, known_classes(config.source))
-    check_init_from(config.training.init_from, config.network, config.store)
+    check_unmoved(config.training.init_from, config.name)
+    check_init_from(config.training.init_from, config.network, config.process, config.dataset.channels, config.store)
 
 
 def check_shard(request: ShardRequest, backend: BackendConfig) -> None:
     check_store(request.store)
     check_services(request.store, backend, mlflow=False)
-    check_resources("resources", request.resources, backend)
+    check_resources("resources.shard", request.resources, backend)
     check_source(request.source)
 
 
@@ -66,10 +67,10 @@ def check_train(request: TrainRequest, backend: BackendConfig) -> None:
 
     check_store(request.store)
     check_services(request.store, backend)
-    check_resources("resources", request.resources, backend)
-    height, width, _ = open_dataset(request.dataset_uri).image_shape
+    check_resources("resources.train", request.resources, backend)
+    height, width, channels = open_dataset(request.dataset_uri).image_shape
     check_image_size(request.network, height, width)
-    check_init_from(request.training.init_from, request.network, request.store)
+    check_init_from(request.training.init_from, request.network, request.process, channels, request.store)
 
 
 def check_evaluate(request: EvaluateRequest, backend: BackendConfig) -> None:
@@ -78,7 +79,7 @@ def check_evaluate(request: EvaluateRequest, backend: BackendConfig) -> None:
 
     check_store(request.store)
     check_services(request.store, backend, mlflow=request.mlflow_run_id is not None)
-    check_resources("resources", request.resources, backend)
+    check_resources("resources.evaluate", request.resources, backend)
     bundle, dataset = read_bundle_config(request.bundle_uri), open_dataset(request.dataset_uri)
     if tuple(bundle.image_shape) != tuple(dataset.image_shape):
         raise UserError(
@@ -96,7 +97,7 @@ def check_generate(request: GenerateRequest, backend: BackendConfig) -> None:
 
     check_store(request.store)
     check_services(request.store, backend, mlflow=request.model.startswith("models:"))
-    check_resources("resources", request.resources, backend)
+    check_resources("resources.generate", request.resources, backend)
     bundle = read_bundle_config(bundle_of(request.model, request.store))
     check_sampling("generation", request.generation.sampler, bundle.process)
     check_labels(request.generation, bundle.class_names)
@@ -190,19 +191,25 @@ def check_labels(generation: GenerationConfig, class_names: Sequence[str] | None
         resolve_labels(generation, class_names)
 
 
-def check_init_from(init_from: str | None, network: UNetConfig, store: str) -> None:
-    """Training can only start from weights of the same network."""
+def check_unmoved(init_from: str | None, model: str) -> None:
+    """A pipeline does not start from an alias that it may move itself: done again, it would be another run."""
+    if init_from and init_from.startswith(f"models:/{model}@"):
+        raise UserError(
+            f"training.init_from: {init_from} means another version once this pipeline registers its own, and the same "
+            f"command would train anew: name a version, as models:/{model}/1."
+        )
+
+
+def check_init_from(
+    init_from: str | None, network: UNetConfig, process: ProcessConfig, channels: int, store: str
+) -> None:
+    """Training can only start from weights that fit."""
     if init_from is None:
         return
     from diffusion_core.bundle import read_bundle_config
+    from diffusion_core.training.run import check_start
 
-    theirs = read_bundle_config(bundle_of(init_from, store)).network
-    for field in UNetConfig.model_fields:
-        if getattr(theirs, field) != getattr(network, field):
-            raise UserError(
-                f"training.init_from: {init_from} has network.{field} = {getattr(theirs, field)!r}, but this "
-                f"configuration has {getattr(network, field)!r}: make them equal."
-            )
+    check_start(read_bundle_config(bundle_of(init_from, store)), network, process, channels)
 
 
 def bundle_of(model: str, store: str) -> str:

@@ -41,7 +41,7 @@ def run_alone(stage: str, request: r.Request, backend: BackendConfig) -> Any:
     result_type = {"register": r.RegisterResult}[stage]
     preflight.check_store(request.store)
     preflight.check_services(request.store, backend)
-    preflight.check_resources("resources", request.resources, backend)
+    preflight.check_resources("resources.evaluate", request.resources, backend)
     signal.signal(signal.SIGTERM, _leave)
     with shown() as display:
 

@@ -22,6 +22,7 @@ from diffusion_core.training.config import TrainingConfig
 from diffusion_core.version import code_version
 
 if TYPE_CHECKING:
+    from diffusion_core.bundle import BundleConfig
     from diffusion_core.data import ImageDataset
 
 logger = logging.getLogger(__name__)
@@ -128,6 +129,33 @@ def open_run(store: Directory | str, spec: TrainSpec, init_uri: str | None = Non
     return run
 
 
+def check_start(theirs: BundleConfig, network: UNetConfig, process: ProcessConfig, channels: int) -> None:
+    """Refuse to start training from the weights of a bundle that do not fit; dropout has no weights and may differ.
+
+    Args:
+        theirs: configuration of the bundle.
+        network, process: what is to be trained.
+        channels: of the images to train on.
+
+    Raises:
+        UserError: naming the field, and both values.
+    """
+    for name in UNetConfig.model_fields:
+        other, ours = getattr(theirs.network, name), getattr(network, name)
+        if other != ours and name != "dropout":
+            raise UserError(f"training.init_from: that model has network.{name} = {other}, and this run has {ours}.")
+    if theirs.process.prediction != process.prediction:
+        raise UserError(
+            f"training.init_from: that model predicts {theirs.process.prediction}, and this run would train it to "
+            f"predict {process.prediction} (process.prediction)."
+        )
+    if theirs.image_shape[2] != channels:
+        raise UserError(
+            f"training.init_from: that model makes images with {theirs.image_shape[2]} channels, and the dataset has "
+            f"{channels}."
+        )
+
+
 def _starting_point(uri: str, spec: TrainSpec, dataset: ImageDataset) -> str:
     """The digest of the bundle to start from, after a look at whether its weights fit."""
     from diffusion_core.bundle import bundle_digest, read_bundle_config
@@ -136,21 +164,7 @@ def _starting_point(uri: str, spec: TrainSpec, dataset: ImageDataset) -> str:
         raise UserError(
             f"training.init_from: {uri} must be resolved by the train job; without it, give the URI of a bundle."
         )
-    config = read_bundle_config(uri)
-    for name in UNetConfig.model_fields:
-        theirs, ours = getattr(config.network, name), getattr(spec.network, name)
-        if theirs != ours and name != "dropout":
-            raise UserError(f"training.init_from: that model has network.{name} = {theirs}, and this run has {ours}.")
-    if config.process.prediction != spec.process.prediction:
-        raise UserError(
-            f"training.init_from: that model predicts {config.process.prediction}, and this run would train it to "
-            f"predict {spec.process.prediction} (process.prediction)."
-        )
-    if config.image_shape[2] != dataset.image_shape[2]:
-        raise UserError(
-            f"training.init_from: that model makes images with {config.image_shape[2]} channels, and the dataset has "
-            f"{dataset.image_shape[2]}."
-        )
+    check_start(read_bundle_config(uri), spec.network, spec.process, dataset.image_shape[2])
     return bundle_digest(uri)
 
 

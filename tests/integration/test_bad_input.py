@@ -19,6 +19,12 @@ from diffusion_core.config import UserError
 from tests.swift_server import SwiftServer
 
 PIPELINE = ["pipeline", "-p", "digits", "--store", "{store}"]
+SMALL = [
+    *("--set", "network.base_channels=8", "--set", "network.channel_multipliers=[1]"),
+    *("--set", "network.blocks_per_level=1", "--set", "network.head_channels=8"),
+    *("--set", "network.attention_resolutions=[]"),
+]
+FROM_BUNDLE = ["train", "--dataset", "toy", "--store", "{store}", "--init-from", "{bundle}", *SMALL]
 SEED = 7
 
 
@@ -159,6 +165,19 @@ CASES = [
         ["train", "--dataset", "toy", "--store", "{store}", "--init-from", "{bundle}"],
         ["training.init_from", "network.base_channels"],
     ),
+    Case(
+        "init_from with another prediction", [*FROM_BUNDLE, "--set", "process.prediction=v"], ["init_from", "predict v"]
+    ),
+    Case(
+        "init_from with other channels",
+        [*PIPELINE, "--init-from", "{bundle}", "--set", "dataset.channels=3", *SMALL],
+        ["training.init_from", "1 channel", "3"],
+    ),
+    Case(
+        "init_from an alias that the pipeline moves",
+        [*PIPELINE, "--name", "toy", "--init-from", "models:/toy@candidate"],
+        ["training.init_from", "models:/toy@candidate", "models:/toy/1"],
+    ),
     Case("init_from nothing", [*PIPELINE, "--init-from", "models:/cats@champion"], ["cats"]),
     Case("promote to no version", ["promote", "toy", "9", "--store", "{store}"], ["toy", "9"]),
     Case("promote to version 0", ["promote", "toy", "0", "--store", "{store}"], ["0"]),
@@ -169,6 +188,16 @@ CASES = [
     # Resources and services.
     setting("no workers", "resources.train.workers=0", words=["resources.train.workers", "0"]),
     setting("more cores than there are", "resources.train.workers=4000", words=["resources.train.workers", "4000"]),
+    Case(
+        "more training workers than there are cores",
+        ["train", "--dataset", "toy", "--store", "{store}", "--workers", "4000"],
+        ["resources.train.workers", "4000"],
+    ),
+    Case(
+        "more generating workers than there are cores",
+        ["generate", "--model", "{bundle}", "--store", "{store}", "--workers", "4000"],
+        ["resources.generate.workers", "4000"],
+    ),
     Case(
         "GPUs that are not there",
         [*PIPELINE, "--set", "resources.train.gpus_per_worker=1"],

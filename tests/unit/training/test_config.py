@@ -8,8 +8,11 @@ import sys
 import pytest
 from pydantic import ValidationError
 
+from diffusion_core.bundle import BundleConfig, DatasetReference
 from diffusion_core.config import UserError, explain
+from diffusion_core.diffusion.config import ProcessConfig
 from diffusion_core.training import TrainingConfig, open_run
+from diffusion_core.training.run import check_start
 from tests.toy_training import toy_dataset, toy_network, toy_spec
 
 EXECUTION = {
@@ -113,3 +116,23 @@ def test_the_target_is_a_whole_number_of_batches():
 def test_configuration_and_run_import_without_torch():
     code = "import sys, diffusion_core.training.config, diffusion_core.training.run; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_a_start_from_weights_that_fit():
+    """Only what the weights depend on has to be equal; dropout has none."""
+    theirs = BundleConfig(
+        process=ProcessConfig(),
+        network=toy_network(),
+        image_shape=(8, 8, 1),
+        dataset=DatasetReference(name="toy", version="v", uri="/v"),
+        run_id="r",
+        images_seen=0,
+    )
+    check_start(theirs, toy_network(dropout=0.1), ProcessConfig(timesteps=50), 1)
+    for network, prediction, channels, said in (
+        (toy_network(base_channels=16), "epsilon", 1, "network.base_channels = 8, and this run has 16"),
+        (toy_network(), "v", 1, "predicts epsilon"),
+        (toy_network(), "epsilon", 3, "1 channels, and the dataset has 3"),
+    ):
+        with pytest.raises(UserError, match=said):
+            check_start(theirs, network, ProcessConfig(prediction=prediction), channels)
