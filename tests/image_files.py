@@ -111,4 +111,5 @@ def shard_here(store: Path | str, source: SourceConfig, config: DatasetConfig, p
         shards=[record["shard"] for record in records],
         rejected=[*scan.rejected, *in_shards],
         has_text=scan.has_text,
+        source={"images": total},
     )

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from diffusion_core.config import UserError
 from diffusion_core.data.config import DatasetConfig
-from diffusion_core.data.shards import SPLITS, Batch, Record, Shape, commit_shard, write_rejected
+from diffusion_core.data.shards import SPLITS, Batch, ImageDataset, Record, Shape, commit_shard, write_rejected
 from diffusion_core.data.sources import Item, Reader, Scan
 from diffusion_core.data.transforms import RejectedItem, Transform, image_size
 from diffusion_core.storage import Directory
@@ -177,12 +177,28 @@ def check_rejected(
     directory: Directory, rejected: Sequence[Rejected], images: int, total: int, config: DatasetConfig
 ) -> None:
     """`UserError`, with `rejected.parquet` written, if too large a share of `total` images had to be rejected."""
-    if images <= config.max_rejected_fraction * total and images < total:
+    if _allowed(images, total, config):
         return
     write_rejected(directory, rejected)
-    raise UserError(
+    raise UserError(_too_many(directory, images, total, config, _reasons(rejected)))
+
+
+def check_reused(dataset: ImageDataset, config: DatasetConfig) -> None:
+    """The same for a finished version, which may have been made under a more generous threshold."""
+    total = dataset.manifest["source"]["images"]
+    images = total - sum(dataset.splits.values())
+    if not _allowed(images, total, config):
+        raise UserError(_too_many(Directory(dataset.uri), images, total, config, "."))
+
+
+def _allowed(images: int, total: int, config: DatasetConfig) -> bool:
+    return images <= config.max_rejected_fraction * total and images < total
+
+
+def _too_many(directory: Directory, images: int, total: int, config: DatasetConfig, reasons: str) -> str:
+    return (
         f"{images:,} of {total:,} images were rejected, and dataset.max_rejected_fraction = "
-        f"{config.max_rejected_fraction:g} allows {int(config.max_rejected_fraction * total):,}{_reasons(rejected)} "
+        f"{config.max_rejected_fraction:g} allows {int(config.max_rejected_fraction * total):,}{reasons} "
         f"All of them with their reasons are in {directory.uri}/rejected.parquet."
     )
 

@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from typing import Any, cast
 
 from diffusion_core.config import UserError, digest, identity
@@ -24,6 +24,7 @@ from diffusion_core.data.sharding import (
     WORK,
     Plan,
     check_rejected,
+    check_reused,
     finished_shards,
     make_plan,
     make_shard,
@@ -63,8 +64,11 @@ def run(request: ShardRequest) -> ShardResult:
         directory = home / version
         reused = directory.exists(MANIFEST)
         dataset = open_dataset(directory) if reused else _make(request, source, digests, directory, cluster)
+    if reused:
+        check_reused(dataset, request.dataset)
     if WORK in directory.children():
-        (directory / WORK).delete_tree()
+        with suppress(OSError):  # another job that was at the same version may be clearing up as well
+            (directory / WORK).delete_tree()
     return ShardResult(
         seconds=time.monotonic() - began,
         reused=reused,

@@ -92,6 +92,17 @@ def test_a_finished_version_is_found_without_ray_and_torch(python, tmp_path, sto
     assert done.stdout.split()[-1] == made.version
 
 
+def test_a_finished_version_is_held_to_the_threshold_of_who_asks(tmp_path, store):
+    root = write_images(tmp_path / "source", [f"{i}.png" for i in range(9)])
+    (root / "zero.png").write_bytes(b"")
+    strict = request(store, {"uri": str(root)})
+    generous = strict.dataset.model_copy(update={"max_rejected_fraction": 0.2})
+    shard_here(store, strict.source, generous)
+    assert shard.run(strict.model_copy(update={"dataset": generous})).reused
+    with pytest.raises(UserError, match=r"^1 of 10 images were rejected"):
+        shard.run(strict)
+
+
 def test_too_many_rejects_end_the_program_with_one_sentence(ray_cluster, python, tmp_path, store):
     root = write_images(tmp_path / "source", [f"{i}.png" for i in range(9)])
     (root / "zero.png").write_bytes(b"")
