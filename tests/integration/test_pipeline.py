@@ -21,41 +21,12 @@ from diffusion_core.config import UserError
 from diffusion_core.storage import Directory
 from diffusion_core.training.checkpoint import RECORD
 from flows.settings import load_config
-
-COUNT = 32
-SETTINGS = [
-    "training.images=640",
-    "training.log_every_images=128",
-    "training.checkpoint_every_images=320",
-    "training.preview_every_images=0",
-    "network.base_channels=16",
-    "network.head_channels=16",
-    "network.blocks_per_level=1",
-    "evaluation.samples=32",
-    "evaluation.sampler.steps=4",
-    "evaluation.classifier.images=2000",
-    "evaluation.kid_subset_size=16",
-    "gate.resamples=20",
-    "gate.first_limit=100000000",
-    "gate.min_accuracy=null",
-    "generation.sampler.steps=4",
-    f"generation.count={COUNT}",
-    "generation.images_per_shard=16",
-    "generation.batch_size=16",
-]
+from tests.tiny_pipeline import COUNT, SETTINGS
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return Directory(tmp_path_factory.mktemp("pipeline") / "store").uri
-
-
-@pytest.fixture(scope="module")
-def first(prefect_server: None, ray_cluster: object, store: str) -> Any:
-    """The result of the pipeline's first run."""
-    from flows.pipeline import diffusion_pipeline
-
-    return diffusion_pipeline(load_config("digits", settings=SETTINGS, shortcuts={"store": store}))
+def store(pipeline_store: str) -> str:
+    return pipeline_store
 
 
 @pytest.mark.timeout(400)

@@ -1,0 +1,62 @@
+"""Stage by stage through the command, on what a pipeline left: each verb finds it, and goes on from it.
+
+Comes after `test_pipeline.py`, which expects the store to hold the pipeline's work alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.tiny_pipeline import COUNT, SETTINGS
+
+Say = Callable[..., dict[str, Any]]
+LONGER = 896
+
+
+@pytest.fixture
+def say(first: Any, pipeline_store: str, ray_cluster: object, capsys: pytest.CaptureFixture[str]) -> Say:
+    """Types a command, and returns what it answers."""
+    from flows.cli import main
+
+    def command(*words: str) -> dict[str, Any]:
+        capsys.readouterr()
+        status = main([*words, "--store", pipeline_store, "--json"])
+        told = capsys.readouterr()
+        assert status == 0, told.err
+        return dict(json.loads(told.out))
+
+    return command
+
+
+CHOSEN = ["--preset", "digits", *(word for setting in SETTINGS for word in ("--set", setting))]
+
+
+@pytest.mark.timeout(400)
+def test_every_verb_goes_on_from_the_pipeline(first: Any, say: Say) -> None:
+    dataset = say("shard", *CHOSEN)
+    assert (dataset["uri"], dataset["reused"]) == (first.dataset.uri, True)
+
+    run = say("train", *CHOSEN, "--images", str(LONGER))
+    assert (run["run_id"], run["images_seen"], run["reused"]) == (first.run.run_id, LONGER, False)
+
+    report = say("evaluate", *CHOSEN, "--model", run["run_id"])
+    assert set(report["figures"]) == set(first.evaluation.figures) and report["floor"] == first.evaluation.floor
+    assert report["uri"] != first.evaluation.uri
+
+    version = say("register", *CHOSEN, "--model", run["bundle_uri"])
+    assert (version["model"], version["version"]) == (first.version.model, first.version.version + 1)
+
+    model = f"models:/{version['model']}/{version['version']}"
+    images = say("generate", *CHOSEN, "--model", model, "--count", str(COUNT // 2))
+    assert (images["model_version"], images["images"], images["generated"]) == (model[8:], COUNT // 2, COUNT // 2)
+    more = say("generate", *CHOSEN, "--model", model, "--count", str(COUNT))
+    assert (more["set_id"], more["total_images"], more["generated"]) == (images["set_id"], COUNT, COUNT // 2)
+
+    assert say("promote", version["model"], str(version["version"]))["version"] == version["version"]
+    assert say("rollback", version["model"])["version"] == first.version.version
+    again = say("generate", *CHOSEN, "--count", str(COUNT))
+    assert (again["model_version"], again["generated"]) == (first.images.model_version, 0)
