@@ -116,6 +116,7 @@ def start_job(folder: Path, request: dict[str, Any], **environment: str) -> subp
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
         env={**os.environ, **environment},
     )
 

@@ -149,7 +149,8 @@ def _follow(fit: _Fit, place: RunDirectory, lease: Lease, show: _Relay) -> None:
         show()
     if received:
         lease.end(FAILED)
-        raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(128 + received[0])
+        logger.warning("Stopped; the same request continues from the newest checkpoint.")
+        raise SystemExit(128 + received[0])
 
 
 def _outcome(fit: _Fit, place: RunDirectory, lease: Lease, resources: Resources) -> TrainOutcome:

@@ -96,13 +96,17 @@ def test_the_job_is_killed_and_run_again(dataset, undisturbed, tmp_path, kill):
     store, spec = str(tmp_path / "store"), toy_spec(dataset, **LENGTH)
     run = open_run(store, spec)
     job, workers = begin(tmp_path / "first", store, spec)
-    job.send_signal(kill)
+    if kill is signal.SIGINT:
+        os.killpg(job.pid, kill)  # as a terminal does: Ray's processes get it too
+    else:
+        job.kill()
     output, _ = job.communicate(timeout=60)
     assert job.returncode != 0, output
     assert not (tmp_path / "first" / "result.json").exists()
     wait_for(lambda: not any(map(is_alive, workers)), 30)
     if kill is signal.SIGINT:
         assert run.attempts.read_json("1.end.json") == {"outcome": "failed"}
+        assert job.returncode == 128 + signal.SIGINT and "Traceback" not in output
         assert checkpoints(run.checkpoints)[-1] % 200, "a checkpoint was saved out of turn before it ended"
     assert run.finished(spec.training) is None
 
