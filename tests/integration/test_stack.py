@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from diffusion_core.data.shards import Batch, write_dataset
 from diffusion_core.jobs.requests import TrainRequest
@@ -82,8 +84,14 @@ class Api:
     def __call__(self, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self._url}/api/{path}", data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.loads(answer.read())
+        for attempt in Retrying(retry=retry_if_exception(_is_busy), stop=stop_after_delay(60), wait=wait_fixed(1)):
+            with attempt, urllib.request.urlopen(request, timeout=30) as answer:
+                return json.loads(answer.read())
+
+
+def _is_busy(error: BaseException) -> bool:
+    """Prefect answers 503 while its database is locked, and its own clients ask again then."""
+    return isinstance(error, urllib.error.HTTPError) and error.code == 503
 
 
 @pytest.fixture
