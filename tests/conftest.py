@@ -54,6 +54,7 @@ SETTINGS = {
     "AWS_CONFIG_FILE": os.devnull,
     "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
 }
+CLUSTER: pytest.StashKey[Cluster] = pytest.StashKey()
 FOREIGN = ("AWS_", "PREFECT_", "MLFLOW_", "RAY_", "S3_", "DIFFUSION_")
 
 
@@ -74,11 +75,12 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(HOME, ignore_errors=True)  # processes that are ending may still write there
 
 
-@pytest.fixture(autouse=True)
-def _only_the_asked_for_services(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A service that another test started is not found by a test that did not ask for it."""
-    if "ray_cluster" not in request.fixturenames:
-        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Function) -> None:
+    """Before any fixture, those of a module included: only tests that ask for the shared Ray cluster find it."""
+    os.environ.pop("RAY_ADDRESS", None)
+    if "ray_cluster" in item.fixturenames and item.session.stash.get(CLUSTER, None):
+        os.environ["RAY_ADDRESS"] = item.session.stash[CLUSTER].address
 
 
 @pytest.fixture
@@ -105,7 +107,7 @@ def s3_store(s3_server: SwiftServer, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(s3_server: SwiftServer) -> Iterator[Cluster]:
+def ray_cluster(s3_server: SwiftServer, request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """A Ray cluster of one node with 2 CPUs, which jobs join because RAY_ADDRESS names it.
 
     Its workers can reach the S3 service: they inherit the environment that their node was started in.
@@ -114,11 +116,12 @@ def ray_cluster(s3_server: SwiftServer) -> Iterator[Cluster]:
         for name, value in s3_server.environment.items():
             patch.setenv(name, value)
         cluster = start_ray([{"num_cpus": 2}])
+    request.session.stash[CLUSTER] = cluster
     os.environ["RAY_ADDRESS"] = cluster.address
     try:
         yield cluster
     finally:
-        os.environ.pop("RAY_ADDRESS", None)
+        del request.session.stash[CLUSTER]
         cluster.shutdown()
 
 

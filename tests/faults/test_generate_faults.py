@@ -89,7 +89,9 @@ def wait_for_shards(images: ImageSet, count: int) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["SIGKILL", "SIGINT"])
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=lambda how: how.name
+)
 def test_the_job_is_ended_midway_and_run_again(ray_cluster, tmp_path, store, bundle, uninterrupted, how):
     images = the_set(store, bundle)
     job = start(store, tmp_path / "1", bundle)
@@ -122,6 +124,7 @@ class TellsItsPid(ShardWorker):
         return super().make(shard)
 
 
+@pytest.mark.slow
 def test_a_worker_is_killed_midway(session, store, bundle, uninterrupted):
     images, pid = the_set(store, bundle), Path(bundle).with_name("pid")
     killed = []
@@ -155,6 +158,7 @@ class DiesAlways(ShardWorker):
         return super().make(shard)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_once_costs_nothing_but_time(session, store, bundle, uninterrupted):
     done = generate(bundle, CONFIG, store, Resources(workers=2), worker=DiesOnce)
     assert done.stored == IMAGES
@@ -185,6 +189,7 @@ class Raises(ShardWorker):
         return super().make(shard)
 
 
+@pytest.mark.slow
 def test_errors_are_retried_a_finite_number_of_times_and_reported(session, store, bundle, uninterrupted):
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -91,7 +91,9 @@ def check_record(run, result):
 
 
 @pytest.mark.timeout(400)  # two jobs, each with a Ray of its own
-@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL], ids=lambda kill: kill.name)
+@pytest.mark.parametrize(
+    "kill", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL], ids=lambda kill: kill.name
+)
 def test_the_job_is_killed_and_run_again(dataset, undisturbed, tmp_path, kill):
     """The job has its own local Ray, which must end with it."""
     store, spec = str(tmp_path / "store"), toy_spec(dataset, **LENGTH)
@@ -117,7 +119,7 @@ def test_the_job_is_killed_and_run_again(dataset, undisturbed, tmp_path, kill):
     assert run.attempts.exists("2.json") and not run.attempts.exists("3.json")
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_worker_costs_only_the_way_back(ray_cluster, dataset, undisturbed, tmp_path, rank):
     """Inside one attempt: the group starts again at the newest checkpoint."""
     store, spec = str(tmp_path / "store"), toy_spec(dataset, **LENGTH)
@@ -131,6 +133,7 @@ def test_a_killed_worker_costs_only_the_way_back(ray_cluster, dataset, undisturb
     assert worker(run, rank) != workers[rank]
 
 
+@pytest.mark.slow
 def test_workers_that_die_too_often_end_the_job(ray_cluster, dataset, tmp_path):
     store, spec = str(tmp_path / "store"), toy_spec(dataset, **LENGTH)
     job, workers = begin(tmp_path / "job", store, spec, max_failures=0)
@@ -150,6 +153,7 @@ def test_a_loss_that_is_not_finite_ends_the_job_at_once_with_its_sentence(ray_cl
     assert output.count("Traceback") == 0
 
 
+@pytest.mark.slow
 def test_damaged_data_end_the_job_with_their_sentence(ray_cluster, tmp_path):
     """One worker after the other finds it; the error is not retried for long, and it is told."""
     uri = toy_dataset(str(tmp_path / "data"))

@@ -41,6 +41,7 @@ SETTINGS = [
 
 
 @pytest.mark.timeout(500)
+@pytest.mark.slow
 def test_a_folder_on_s3_becomes_an_image_set_on_s3(
     prefect_server: None,
     ray_cluster: object,

@@ -86,6 +86,7 @@ def test_evaluation_samples_measures_and_is_found_done(place, tmp_path):
     assert metrics["evaluation/precision"] == first.figures["precision"]
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_killed_ends_as_if_nothing_had_happened(place, tmp_path):
     store, dataset, bundles, _ = place
     config = CONFIG.model_copy(update={"seed": 3})
@@ -197,6 +198,7 @@ def test_what_the_served_model_makes_is_what_generation_makes(place, tmp_path):
     )  # the neighbours in its batch differ, the label and noise do not
 
 
+@pytest.mark.slow
 def test_registration_in_an_s3_store(ray_cluster, s3_store, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/server.db")
     dataset = pictures_dataset(s3_store)

@@ -122,6 +122,7 @@ def train_request(store: str) -> TrainRequest:
 
 
 @pytest.mark.timeout(420)
+@pytest.mark.slow
 def test_up_cancel_down(stack: dict[str, dict[str, Any]], store: str) -> None:
     assert set(stack) == {"prefect", "mlflow", "deployments"}
     again = diffusion("stack", "up", "--store", store)

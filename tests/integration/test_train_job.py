@@ -35,6 +35,7 @@ def train_in_world(world, dataset, store, changes):
     train(spec, open_run(store, spec), world)
 
 
+@pytest.mark.slow
 def test_two_workers_train_what_two_processes_without_ray_train(ray_cluster, dataset, tmp_path):
     store, other = str(tmp_path / "store"), str(tmp_path / "without-ray")
     spec = toy_spec(dataset)
@@ -78,6 +79,7 @@ def check_second_time(tmp_path, store, spec, result):
     assert {**again, "seconds": 0, "reused": 0} == {**result, "seconds": 0, "reused": 0}
 
 
+@pytest.mark.slow
 def test_two_triggers_at_once_train_once(ray_cluster, dataset, tmp_path):
     store = str(tmp_path / "store")
     spec = toy_spec(dataset, images=600)

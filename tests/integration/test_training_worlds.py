@@ -47,7 +47,7 @@ def straight_and_in_two_parts(world, dataset, straight, parts, changes):
     assert train(spec, open_run(parts, spec), world).images_seen == 300
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_number_of_processes_trains_the_same(dataset, alone, tmp_path, size):
     """Three microbatches of 4, 4 and 2 images over 2, 3 and 4 processes: unequal shares, and one with none."""
     straight, parts = str(tmp_path / "straight"), str(tmp_path / "parts")

@@ -36,6 +36,7 @@ CHOSEN = ["--preset", "digits", *(word for setting in SETTINGS for word in ("--s
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.slow
 def test_every_verb_goes_on_from_the_pipeline(first: Any, say: Say) -> None:
     dataset = say("shard", *CHOSEN)
     assert (dataset["uri"], dataset["reused"]) == (first.dataset.uri, True)

@@ -140,7 +140,8 @@ def _record_once(store):
 
 
 def test_processes_that_start_at_once_on_a_new_store_share_one_complete_database(tmp_path):
-    context = multiprocessing.get_context("fork")  # each would import MLflow for seconds
+    context = multiprocessing.get_context("forkserver")  # of one process that has no threads and has loaded MLflow
+    context.set_forkserver_preload([__name__])
     processes = [context.Process(target=_record_once, args=(str(tmp_path),)) for _ in range(3)]
     for process in processes:
         process.start()
