@@ -16,7 +16,7 @@ from PIL import Image
 from diffusion_core.data.config import DatasetConfig, SourceConfig
 from diffusion_core.data.hashing import dataset_version, hash_files
 from diffusion_core.data.sharding import check_rejected, make_plan, make_shard
-from diffusion_core.data.shards import ImageDataset, commit_dataset
+from diffusion_core.data.shards import SPLITS, ImageDataset, commit_dataset
 from diffusion_core.data.sources import open_source
 from diffusion_core.storage import Directory
 
@@ -86,6 +86,26 @@ def write_idx(path: Path, values: np.ndarray) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
     return path
+
+
+class Found:
+    """What a scan says, by key: label name, split, text, content."""
+
+    def __init__(self, **config):
+        source = open_source(SourceConfig(**config))
+        self.kind = source.kind.value
+        digests = {key: sha for key, sha, _ in hash_files(source, [f for f in source.files if source.needs_hash(f)])}
+        self.scan = scan = source.scan(digests)
+        items = list(scan.reader.read(scan.candidates))
+        assert sorted(item.slot for item in items) == list(range(len(scan.candidates)))
+        number = {item.key: int(scan.candidates[item.slot]) for item in items}
+        assert all(scan.reader.key(number[item.key]) == item.key for item in items)
+        names = scan.class_names
+        self.label = {} if scan.labels is None else {key: names[scan.labels[i]] for key, i in number.items()}
+        self.split = {key: SPLITS[scan.splits[i]] if scan.splits[i] >= 0 else None for key, i in number.items()}
+        self.text = {item.key: item.text for item in items}
+        self.content = {item.key: item.content for item in items}
+        self.rejected = dict(scan.rejected)
 
 
 def shard_here(store: Path | str, source: SourceConfig, config: DatasetConfig, plan_of=make_plan) -> ImageDataset:

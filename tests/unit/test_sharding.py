@@ -24,7 +24,7 @@ from diffusion_core.data.sharding import (
 )
 from diffusion_core.data.shards import open_dataset
 from diffusion_core.data.sources import base, open_source
-from diffusion_core.data.sources.arrays import digits_from_uint8
+from diffusion_core.data.sources.digits import digits_from_uint8
 from diffusion_core.data.transforms import Transform
 from diffusion_core.storage import Directory
 from tests.image_files import BROKEN, encoded, pixels, shard_here, write_images, write_parquet

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from diffusion_core.config import UserError
 from diffusion_core.data.config import SourceConfig, SourceKind
-from diffusion_core.data.sources.arrays import DigitsSource, IdxSource, NpzSource, is_idx
 from diffusion_core.data.sources.base import Item, Reader, Scan, Source
+from diffusion_core.data.sources.digits import DigitsSource
 from diffusion_core.data.sources.folder import FolderSource
+from diffusion_core.data.sources.idx import IdxSource, is_idx
 from diffusion_core.data.sources.listing import IMAGE_SUFFIXES, SourceFile, list_files, suffix
+from diffusion_core.data.sources.npz import NpzSource
 from diffusion_core.data.sources.parquet import ParquetSource
 
 __all__ = ["Item", "Reader", "Scan", "Source", "open_source"]
