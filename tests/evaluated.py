@@ -42,7 +42,7 @@ def model_of_quality(
     bundle = read_bundle_config(bundle_uri)
     generation = generation_of(config, bundle, dataset)
     images = describe(str(store), bundle_uri, bundle_digest(bundle_uri), bundle, generation)
-    _, _, extensions = images.extend(0, generation.count)
+    extensions = images.extend(0, generation.count).extensions
     rng = np.random.default_rng(100)
     for extension in extensions:
         for shard in extension.shards(generation.images_per_shard):

@@ -60,8 +60,8 @@ class GenerationConfig(Config):
         None,
         ge=0,
         le=MAX_IMAGE_ID,
-        description="First image id of the range; images that exist are found done. Default: continue what was left "
-        "unfinished, else the next free id.",
+        description="First image id of the range; images that exist are found done. Default: the next free ids, or "
+        "those that a request of the same count left unfinished.",
     )
     max_failed_shards: int = execution(0, ge=0, description="Shards that may fail without failing the job.")
     max_retries: int = execution(2, ge=0, le=100, description="Times that a failed shard is tried again.")

@@ -31,7 +31,7 @@ from diffusion_core.generation import tables
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.generation.formats import ShardContent, data_keys, decode, encode, write_parquet
 from diffusion_core.generation.labels import Labels, resolve_labels
-from diffusion_core.generation.plan import SCHEMA_VERSION, Extension, Shard, extend, read_extensions
+from diffusion_core.generation.plan import SCHEMA_VERSION, Extension, Range, Shard, extend, look, read_extensions
 from diffusion_core.generation.sheet import choose_images, contact_sheet
 from diffusion_core.storage import Directory
 
@@ -98,8 +98,12 @@ class ImageSet:
 
     # Growing.
 
-    def extend(self, first_image_id: int | None, count: int) -> tuple[int, int, list[Extension]]:
-        """Plan a request (see `plan.extend`); returns its range of image ids and the extensions that it touches."""
+    def look(self, first_image_id: int | None, count: int) -> Range:
+        """What a request is about (see `plan.look`); nothing is written."""
+        return look(self.directory, first_image_id, count, self._unfinished)
+
+    def extend(self, first_image_id: int | None, count: int) -> Range:
+        """Plan a request; returns what it is about."""
         if not self.directory.exists(SET):
             if self.labels.values is not None:
                 table = pa.table({"label": pa.array(self.labels.values, pa.int32())})
@@ -107,18 +111,15 @@ class ImageSet:
             self.directory.create_json(SET, self.description.model_dump(mode="json"))
         return extend(self.directory, self.generation.images_per_shard, first_image_id, count, self._unfinished)
 
-    def shards(self, extensions: Iterable[Extension], first: int, stop: int) -> list[Shard]:
-        """The shards of these extensions that hold image ids of [first, stop)."""
-        every = (shard for item in extensions for shard in item.shards(self.generation.images_per_shard))
-        return [shard for shard in every if shard.first_image_id < stop and first < shard.stop]
-
-    def missing(self, extensions: Sequence[Extension], first: int, stop: int) -> list[Shard]:
-        """The shards that seem not to be committed yet: those worth an attempt."""
-        open_ones = [item for item in extensions if not self.directory.exists(item.manifest_key)]
+    def missing(self, wanted: Range) -> list[Shard]:
+        """The shards with images of a range that are planned and seem not to be committed yet: worth an attempt."""
+        open_ones = [item for item in wanted.extensions if not self.directory.exists(item.manifest_key)]
         if not open_ones:
             return []
         committed = self._committed_keys()
-        return [shard for shard in self.shards(open_ones, first, stop) if shard.record_key not in committed]
+        every = (shard for item in open_ones for shard in item.shards(self.generation.images_per_shard))
+        inside = (shard for shard in every if shard.first_image_id < wanted.stop and wanted.first < shard.stop)
+        return [shard for shard in inside if shard.record_key not in committed]
 
     def write_plan(self, extension: Extension) -> None:
         """The plan table of an extension, if it is not there yet."""
@@ -237,9 +238,9 @@ class ImageSet:
 
     # Inner workings.
 
-    def _unfinished(self, log: Sequence[Extension]) -> Extension | None:
+    def _unfinished(self, log: Sequence[Extension]) -> list[Extension]:
         settled = {entry.key for prefix in ("manifest-", "closed-") for entry in self.directory.list(prefix)}
-        return next((item for item in log if not {item.manifest_key, item.closed_key} & settled), None)
+        return [item for item in log if not {item.manifest_key, item.closed_key} & settled]
 
     def _committed_keys(self) -> set[str]:
         return {entry.key for entry in self.directory.list("shards/part-") if entry.key.endswith(".json")}

@@ -102,36 +102,58 @@ def read_extensions(directory: Directory) -> list[Extension]:
     return found
 
 
+@dataclass(frozen=True)
+class Range:
+    """What a request is about: image ids [first, stop).
+
+    `extensions` are those of the log that hold some of them, `gaps` the parts that nobody has planned, and `continues`
+    says that an extension which was left unfinished is taken up, though the request did not name its ids.
+    """
+
+    first: int
+    stop: int
+    extensions: list[Extension]
+    gaps: list[tuple[int, int]]
+    continues: bool
+
+
+def look(
+    directory: Directory,
+    first_image_id: int | None,
+    count: int,
+    unfinished: Callable[[Sequence[Extension]], Sequence[Extension]],
+) -> Range:
+    """What a request is about, as the log stands; nothing is written.
+
+    With `first_image_id` it is about [first_image_id, first_image_id + count), whatever is there. Without it, an
+    extension of the same count that was left unfinished is taken up: so the same command again finishes the work after
+    a crash. A request of another count is another request, and like every other takes `count` new ids behind the
+    highest that was ever planned.
+
+    Args:
+        unfinished: picks, of the log, the extensions that were left unfinished.
+    """
+    return _look(read_extensions(directory), first_image_id, count, unfinished)
+
+
 def extend(
     directory: Directory,
     images_per_shard: int,
     first_image_id: int | None,
     count: int,
-    unfinished: Callable[[Sequence[Extension]], Extension | None],
-) -> tuple[int, int, list[Extension]]:
-    """Make sure that every image id of a request is planned.
-
-    With `first_image_id` the request is about [first_image_id, first_image_id + count), whatever is there. Without it,
-    an extension that was left unfinished is taken up: the request starts where that started, covers all of it, and adds
-    to it only as far as `count` exceeds it. So the same command again finishes the work after a crash, and only when
-    nothing is left unfinished does it add `count` new images behind the highest id that was ever planned.
-
-    Args:
-        unfinished: picks, of the log, the extension that a request without `first_image_id` has to take up.
-
-    Returns:
-        first, stop: the range of image ids that the request is about; and the extensions that it touches.
-    """
+    unfinished: Callable[[Sequence[Extension]], Sequence[Extension]],
+) -> Range:
+    """Make sure that every image id of a request (see `look`) is planned; its range, which has no gaps then."""
     while True:
         log = read_extensions(directory)
-        first, stop = _range(log, first_image_id, count, unfinished)
-        missing = list(uncovered(log, first, stop))
-        if not missing:
-            return first, stop, [item for item in log if item.first_image_id < stop and first < item.stop]
+        wanted = _look(log, first_image_id, count, unfinished)
+        if not wanted.gaps:
+            return wanted
+        (first, stop), *_ = wanted.gaps
         first_shard = log[-1].first_shard + log[-1].shard_count(images_per_shard) if log else 0
-        new = Extension(len(log), missing[0][0], missing[0][1] - missing[0][0], first_shard)
+        new = Extension(len(log), first, stop - first, first_shard)
         if directory.create_json(_log_key(new.number), {"schema_version": SCHEMA_VERSION, **asdict(new)}):
-            first_image_id, count = first, stop - first  # settled; had another job been faster, it would be open again
+            first_image_id = wanted.first  # settled; had another job been faster, it would be open again
 
 
 def uncovered(log: Sequence[Extension], first: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -149,18 +171,19 @@ def uncovered(log: Sequence[Extension], first: int, stop: int) -> Iterator[tuple
         yield at, stop
 
 
-def _range(
+def _look(
     log: Sequence[Extension],
     first: int | None,
     count: int,
-    unfinished: Callable[[Sequence[Extension]], Extension | None],
-) -> tuple[int, int]:
-    if first is not None:
-        return first, first + count
-    if left := unfinished(log):
-        return left.first_image_id, max(left.stop, left.first_image_id + count)
-    first = max((item.stop for item in log), default=0)
-    return first, first + count
+    unfinished: Callable[[Sequence[Extension]], Sequence[Extension]],
+) -> Range:
+    left = None
+    if first is None:
+        left = next((item for item in unfinished(log) if item.count == count), None)
+        first = left.first_image_id if left else max((item.stop for item in log), default=0)
+    stop = first + count
+    touched = [item for item in log if item.first_image_id < stop and first < item.stop]
+    return Range(first, stop, touched, list(uncovered(log, first, stop)), left is not None)
 
 
 def _log_key(number: int) -> str:

@@ -26,7 +26,7 @@ from diffusion_core.config import UserError
 from diffusion_core.generation import tables
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.generation.imageset import FAILED, SHEET, ImageSet, describe
-from diffusion_core.generation.plan import Extension, Shard, ShardTask
+from diffusion_core.generation.plan import Extension, Range, Shard, ShardTask
 from diffusion_core.jobs.cluster import ray_session
 from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.requests import GenerateRequest, GenerateResult, Resources
@@ -111,27 +111,26 @@ def generate(
         worker: class of the workers, for tests; default `generation.worker.ShardWorker`.
 
     Raises:
-        UserError: the configuration does not suit the model, the cluster is too small, or more shards failed than
-            `max_failed_shards`. What succeeded is committed then.
+        UserError: the configuration does not suit the model, the cluster is too small (nothing is planned then), or
+            more shards failed than `max_failed_shards` (what succeeded is committed then).
     """
     found_digest = bundle_digest(bundle_uri)
     images = describe(store, bundle_uri, found_digest, read_bundle_config(bundle_uri), config)
-    first, stop, extensions = images.extend(config.first_image_id, config.count)
-    missing = images.missing(extensions, first, stop)
-    outcome = _Outcome()
-    if missing:
-        for extension in extensions:
-            images.write_plan(extension)
-        device = "cuda" if resources.gpus_per_worker else "cpu"
-        with ray_session(resources), Progress(stage, stop - first) as progress:
+    wanted, outcome = images.look(config.first_image_id, config.count), _Outcome()
+    missing = images.missing(wanted)
+    if wanted.gaps or missing:
+        with ray_session(resources):  # first of all: a request that cannot run must not leave an extension behind
+            wanted = images.extend(config.first_image_id, config.count)
+            missing = images.missing(wanted)
+            if wanted.continues:
+                _say_what_continues(images, wanted)
+            device = "cuda" if resources.gpus_per_worker else "cpu"
             task = ShardTask(images.uri, bundle_uri, model_version or found_digest, device)
-            already = stop - first - sum(_within(shard, first, stop) for shard in missing)
-            making = time.monotonic()
-            with _tallied(progress, already) as tally:
-                _make(images, missing, outcome, config, resources, worker, task, tally)
-            progress.update(stop - first - sum(_within(shard, first, stop) for shard in outcome.failed))
-            outcome.took = time.monotonic() - making
+            _make_range(images, wanted, missing, outcome, config, resources, worker, task, stage)
         _write_log(images, outcome)
+    elif wanted.continues:
+        _say_what_continues(images, wanted)
+    first, stop, extensions = wanted.first, wanted.stop, wanted.extensions
     complete = [images.finish(extension) for extension in extensions]
     _report_failures(images, missing, outcome, config.max_failed_shards)
     for extension, whole in zip(extensions, complete, strict=True):
@@ -152,6 +151,40 @@ def _resolve(model: str, store: str) -> tuple[str, str]:
 
     resolved = resolve_model(model, store)
     return resolved.bundle_uri, resolved.version
+
+
+def _say_what_continues(images: ImageSet, wanted: Range) -> None:
+    """A request that names no ids may have meant new ones."""
+    logger.warning(
+        "continuing ids %d..%d, which a request of the same count left unfinished; generation.first_image_id = %d asks "
+        "for the next ones",
+        wanted.first,
+        wanted.stop - 1,
+        max(stop for _, stop in images.ranges()),
+    )
+
+
+def _make_range(
+    images: ImageSet,
+    wanted: Range,
+    missing: Sequence[Shard],
+    outcome: _Outcome,
+    config: GenerationConfig,
+    resources: Resources,
+    worker: Worker | None,
+    task: ShardTask,
+    stage: str,
+) -> None:
+    """Make the missing shards of a range, and show it."""
+    for extension in wanted.extensions:
+        images.write_plan(extension)
+    whole = wanted.stop - wanted.first
+    already = whole - sum(_within(shard, wanted.first, wanted.stop) for shard in missing)
+    making = time.monotonic()
+    with Progress(stage, whole, initial=already) as progress, _tallied(progress, already) as tally:
+        _make(images, missing, outcome, config, resources, worker, task, tally)
+        progress.update(whole - sum(_within(shard, wanted.first, wanted.stop) for shard in outcome.failed))
+    outcome.took = time.monotonic() - making
 
 
 def _make(

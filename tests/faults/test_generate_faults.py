@@ -38,7 +38,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
 def uninterrupted(bundle: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of the set as they are when nothing goes wrong."""
     images = the_set(str(tmp_path_factory.mktemp("whole")), bundle)
-    _, _, (extension,) = images.extend(0, CONFIG.count)
+    (extension,) = images.extend(0, CONFIG.count).extensions
     worker = ShardWorker(ShardTask(images.uri, bundle, bundle_digest(bundle)))
     for shard in extension.shards(8):
         worker.make(shard)

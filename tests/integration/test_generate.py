@@ -126,7 +126,7 @@ def test_generate_leaves_the_session_as_it_was(session, store, bundle):
     assert generate(bundle, config, store, Resources()).generated == 0
 
 
-def test_a_poisonous_shard_does_not_stop_the_rest(session, store, tmp_path):
+def test_a_poisonous_shard_does_not_stop_the_rest(session, store, tmp_path, caplog):
     """The embedding of class 3 is not a number, so every image of that class is an error."""
     bundle = tiny_bundle(tmp_path / "bundle")
     poison(bundle)
@@ -138,7 +138,11 @@ def test_a_poisonous_shard_does_not_stop_the_rest(session, store, tmp_path):
     assert "image 41." in sentence
     assert "generation.max_failed_shards = 0" in sentence
 
+    assert "continuing" not in caplog.text
+
     allowed = run_job(store, bundle, labels=labels, max_failed_shards=1)
+    assert "continuing ids 0..99, which a request of the same count left unfinished" in caplog.text
+    assert "generation.first_image_id = 100 asks for the next ones" in caplog.text
     assert (allowed.images, allowed.generated, allowed.total_images) == (92, 0, 92)
     images = open_imageset(allowed.uri)
     assert images.directory.exists("failed.parquet")
@@ -161,8 +165,9 @@ def poison(bundle: str) -> None:
     place.write_json(RECORD, record)
 
 
-def test_a_cluster_that_is_too_small_is_said(session, store, bundle):
+def test_a_cluster_that_is_too_small_is_said_and_leaves_nothing_unfinished(session, store, bundle):
     request = request_for(store, bundle, workers=64)
     request = request.model_copy(update={"resources": Resources(workers=64, start_timeout_s=1)})
     with pytest.raises(UserError, match="64 CPU needed"):
         run(request)
+    assert not list((Directory(store) / "images").list())

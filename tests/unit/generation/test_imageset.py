@@ -37,13 +37,13 @@ def plan(store, uri, config):
 def make(store, uri, config, backwards=False):
     """What the job does, in this process and without Ray."""
     images = plan(store, uri, config)
-    first, stop, extensions = images.extend(config.first_image_id, config.count)
-    missing = images.missing(extensions, first, stop)
+    wanted = images.extend(config.first_image_id, config.count)
+    missing = images.missing(wanted)
     worker = ShardWorker(ShardTask(images.uri, uri, "tiny/1"))
     for shard in reversed(missing) if backwards else missing:
         row = {"shard": shard.number, "first_image_id": shard.first_image_id, "count": shard.count}
         assert worker(row)["outcome"] == "made"
-    assert all(images.finish(extension) for extension in extensions)
+    assert all(images.finish(extension) for extension in wanted.extensions)
     return images
 
 
@@ -121,7 +121,7 @@ def test_any_range_gives_the_same_pixels(tmp_path, bundle_uri, first):
 
 def test_who_loses_the_race_records_what_is_stored(tmp_path, bundle_uri):
     images = plan(tmp_path, bundle_uri, settings(count=16))
-    _, _, (extension,) = images.extend(None, 16)
+    (extension,) = images.extend(None, 16).extensions
     (shard,) = extension.shards(16)
     stored, late = np.zeros((2, 16, 8, 8, 1), np.uint8) + np.array([10, 20], np.uint8).reshape(2, 1, 1, 1, 1)
     images.commit(shard, stored, "tiny/1", "here")
@@ -137,15 +137,19 @@ def test_who_loses_the_race_records_what_is_stored(tmp_path, bundle_uri):
 def test_an_incomplete_extension_is_not_finished_and_is_taken_up_again(tmp_path, bundle_uri):
     config = settings(count=40)
     images = plan(tmp_path, bundle_uri, config)
-    first, stop, extensions = images.extend(None, 40)
+    wanted = images.extend(None, 40)
     worker = ShardWorker(ShardTask(images.uri, bundle_uri, "tiny/1"))
     worker({"shard": 1, "first_image_id": 16, "count": 16})
-    assert not images.finish(extensions[0])
+    assert not images.finish(wanted.extensions[0])
     assert images.total_images() == 16
-    assert [shard.number for shard in images.missing(extensions, first, stop)] == [0, 2]
+    assert [shard.number for shard in images.missing(wanted)] == [0, 2]
     assert images.read(20, 4)[0].shape == (4, 8, 8, 1)
     assert "shard 0 (images 0 to 15) has not been made yet" in images.verify()[0]
+    assert images.look(None, 40).continues and not images.look(0, 40).continues
+    other = images.look(None, 8)
+    assert (other.first, other.stop, other.continues) == (40, 48, False), "another count is another request"
     assert files_of(make(tmp_path, bundle_uri, config)) == files_of(make(tmp_path / "b", bundle_uri, config))
+    assert not images.look(None, 40).continues
     make(tmp_path, bundle_uri, config)
     assert images.total_images() == 80
 

@@ -9,16 +9,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion_core.generation.plan import Extension, extend, read_extensions, uncovered
+from diffusion_core.generation.plan import Extension, extend, look, read_extensions, uncovered
 from diffusion_core.storage import Directory
 
 
-def nothing_unfinished(log):
-    return None
+def nothing(log):
+    return []
 
 
-def request(directory, first, count, unfinished=nothing_unfinished, images_per_shard=10):
+def everything(log):
+    return log
+
+
+def request(directory, first, count, unfinished=nothing, images_per_shard=10):
     return extend(directory, images_per_shard, first, count, unfinished)
+
+
+def id_range(wanted):
+    return wanted.first, wanted.stop
 
 
 @given(first=st.integers(0, 500), count=st.integers(1, 300), size=st.integers(1, 64), number=st.integers(0, 9))
@@ -37,9 +45,9 @@ def test_shards_tile_their_extension_and_are_cut_at_multiples(first, count, size
 def test_any_history_plans_every_id_once_and_numbers_shards_without_gap(tmp_path_factory, requests):
     directory = Directory(tmp_path_factory.mktemp("set"))
     for first, count in requests:
-        got_first, stop, touched = request(directory, first, count)
-        assert (got_first, stop) == (first, first + count)
-        assert not list(uncovered(touched, first, stop))
+        planned = request(directory, first, count)
+        assert id_range(planned) == (first, first + count)
+        assert not list(uncovered(planned.extensions, first, first + count))
     log = read_extensions(directory)
     shards = [shard for item in log for shard in item.shards(10)]
     ids = [image_id for shard in shards for image_id in range(shard.first_image_id, shard.stop)]
@@ -50,21 +58,42 @@ def test_any_history_plans_every_id_once_and_numbers_shards_without_gap(tmp_path
 
 def test_without_a_first_id_the_next_ids_are_planned(tmp_path):
     directory = Directory(tmp_path)
-    assert request(directory, None, 25)[:2] == (0, 25)
-    assert request(directory, None, 10)[:2] == (25, 35)
-    assert request(directory, 100, 5)[:2] == (100, 105)
-    assert request(directory, None, 10)[:2] == (105, 115)
+    assert id_range(request(directory, None, 25)) == (0, 25)
+    assert id_range(request(directory, None, 10)) == (25, 35)
+    assert id_range(request(directory, 100, 5)) == (100, 105)
+    assert id_range(request(directory, None, 10)) == (105, 115)
 
 
 @pytest.mark.parametrize(
-    ("count", "expected"),
-    [(25, (0, 25)), (10, (0, 25)), (40, (0, 40))],
-    ids=["same count: the same work", "smaller: all of what was begun", "larger: and what it exceeds it by"],
+    ("count", "expected", "continues"),
+    [(25, (0, 25), True), (10, (25, 35), False), (40, (25, 65), False)],
+    ids=["same count: the same work", "smaller: new ids", "larger: new ids"],
 )
-def test_an_unfinished_extension_is_taken_up_first(tmp_path, count, expected):
+def test_an_unfinished_extension_is_taken_up_by_the_request_that_made_it(tmp_path, count, expected, continues):
     directory = Directory(tmp_path)
     request(directory, None, 25)
-    assert request(directory, None, count, unfinished=lambda log: log[0])[:2] == expected
+    again = request(directory, None, count, unfinished=everything)
+    assert (id_range(again), again.continues) == (expected, continues)
+
+
+def test_of_several_unfinished_extensions_each_is_found_by_its_count(tmp_path):
+    directory = Directory(tmp_path)
+    for count in (25, 10, 40):
+        request(directory, None, count, unfinished=everything)
+    assert [id_range(request(directory, None, count, unfinished=everything)) for count in (40, 25, 10)] == [
+        (35, 75),
+        (0, 25),
+        (25, 35),
+    ]
+    assert not request(directory, 0, 25, unfinished=everything).continues, "a request that names its ids is not told"
+
+
+def test_looking_plans_nothing(tmp_path):
+    directory = Directory(tmp_path)
+    request(directory, 0, 10)
+    wanted = look(directory, 5, 20, nothing)
+    assert (id_range(wanted), wanted.gaps, len(wanted.extensions)) == ((5, 25), [(10, 25)], 1)
+    assert len(read_extensions(directory)) == 1
 
 
 def test_many_at_once_agree_on_one_log(tmp_path):
