@@ -69,6 +69,9 @@ class Bundle:
 def save_bundle(directory: Directory, config: BundleConfig, weights: dict[str, Tensor], samples_png: bytes) -> str:
     """Write a bundle and return its digest. A directory that holds a bundle already is left as it is.
 
+    Files are created if absent. Those of an interrupted save that have other bytes are replaced, but not once a record
+    names them: who saves late, without knowing that another was faster, changes nothing.
+
     Args:
         directory: where the bundle goes.
         config: process, network, image shape and provenance.
@@ -87,7 +90,8 @@ def save_bundle(directory: Directory, config: BundleConfig, weights: dict[str, T
         CARD: model_card(config).encode(),
     }
     for name, data in files.items():
-        directory.write(name, data)
+        if not directory.create(name, data) and directory.read(name) != data and not directory.exists(RECORD):
+            directory.write(name, data)
     record = {
         "schema_version": SCHEMA_VERSION,
         "digest": digest(config, _sha256(weight_bytes)),

@@ -140,7 +140,7 @@ class _Loop:
             reason = self._step()
         self.decision.settle()
         if reason == LOST:
-            raise LeaseLostError(f"Another attempt took over the run {self.run.directory.uri}.")
+            raise self._lost()
         self._record()
         self._save()
         return self._finish(reason or IMAGES)
@@ -239,8 +239,7 @@ class _Loop:
         """Commit a checkpoint; the leader's work."""
         position = self.position
         if self.world.leads and position.images_seen:
-            if self.should_stop() == LOST:
-                raise LeaseLostError(f"Another attempt took over the run {self.run.directory.uri}.")
+            self._check_lease()
             meta = {
                 "seconds": position.seconds,
                 "loss": position.loss,
@@ -251,6 +250,14 @@ class _Loop:
             save_checkpoint(self.run.checkpoints, Checkpoint(position.images_seen, self.learner.state(), meta))
             prune_checkpoints(self.run.checkpoints, self.config.keep_checkpoints, position.images_seen)
         self.interval = Interval(time.monotonic())
+
+    def _check_lease(self) -> None:
+        """Before the leader writes what others will read."""
+        if self.should_stop() == LOST:
+            raise self._lost()
+
+    def _lost(self) -> LeaseLostError:
+        return LeaseLostError(f"Another attempt took over the run {self.run.directory.uri}.")
 
     def _agree_on_start(self, checkpoint: Checkpoint | None) -> Position:
         if checkpoint is None:
@@ -280,6 +287,7 @@ class _Loop:
             self._recorder.finish("KILLED")
             return outcome
         samples = self._preview()
+        self._check_lease()
         bundle_digest = self._export(samples)
         self._recorder.image("samples", samples)
         self._recorder.finish("FINISHED")

@@ -101,6 +101,21 @@ def test_an_interrupted_save_is_not_a_bundle_and_is_repaired_by_saving_again(tmp
     assert save_bundle(half, config(), weights(), PNG) == digest == verify_bundle(half.uri)
 
 
+class _BeatenAtTheEnd(Directory):
+    """Another process saves its bundle after this one has found none there: at its first write."""
+
+    def create(self, key, data):
+        save_bundle(Directory(self.uri), config(code_version="winner"), weights(), PNG)
+        return super().create(key, data)
+
+
+def test_who_saves_late_changes_nothing_that_a_record_names(tmp_path, saved):
+    late = _BeatenAtTheEnd(tmp_path / "late")
+    assert save_bundle(late, config(code_version="loser"), weights(), b"other picture") == saved[1]
+    assert verify_bundle(late.uri) == saved[1]
+    assert read_bundle_config(late.uri).code_version == "winner" and late.read("samples.png") == PNG
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_a_damaged_or_missing_file_is_named(saved, name):
     place, _ = saved

@@ -138,6 +138,26 @@ def test_a_finished_evaluation_is_found_without_torch_ray_or_mlflow(store, datas
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == done.uri
 
 
+def test_an_evaluation_that_comes_late_changes_nothing_and_reports_what_is_stored(store, dataset, monkeypatch):
+    from diffusion_core.evaluation.features import Features, Measurer
+
+    bundle = model_of_quality(store, dataset, CONFIG, seed=21, noise=30)
+    measure, first = Measurer.measure, []
+
+    def overtaken(self, batches, total, what):
+        found = measure(self, batches, total, what)
+        if what != "generated images":
+            return found
+        monkeypatch.setattr(Measurer, "measure", measure)
+        done = measured(store, dataset, bundle)
+        first.append((done.report, {entry.key: entry.stamp for entry in done.directory.list()}))
+        return Features(found.values + 1, found.seen, found.asked)  # as a machine of another kind may find
+
+    monkeypatch.setattr(Measurer, "measure", overtaken)
+    late = measured(store, dataset, bundle)
+    assert (late.report, {entry.key: entry.stamp for entry in late.directory.list()}) == first[0]
+
+
 @pytest.mark.parametrize(
     "change", [{"seed": 1}, {"neighbours": 4}, {"sampler": {"steps": 3}}, {"guidance": {"scale": 2}}, {"samples": 50}]
 )

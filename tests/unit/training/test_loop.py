@@ -186,6 +186,22 @@ def test_a_run_lost_just_before_a_checkpoint_does_not_write_it(store, dataset):
     assert checkpoints(run.checkpoints) == []
 
 
+def test_a_run_lost_while_its_samples_are_drawn_exports_no_bundle(store, dataset, monkeypatch):
+    spec = toy_spec(dataset)
+    run = open_run(store, spec)
+    lost = []
+    draw = loop_module.preview
+
+    def slow_preview(*arguments, **options):
+        lost.append(LOST)
+        return draw(*arguments, **options)
+
+    monkeypatch.setattr(loop_module, "preview", slow_preview)
+    with pytest.raises(LeaseLostError):
+        train(spec, run, should_stop=lambda: lost[0] if lost else None)
+    assert checkpoints(run.checkpoints)[-1] == 200 and not list(run.bundle(200).list())
+
+
 def test_the_time_budget_counts_all_attempts(store, dataset, monkeypatch):
     """Each step takes one second by a clock that only steps move."""
     now = [0.0]
