@@ -20,12 +20,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from diffusion_core.patience import StoreUnavailable, patience
 from diffusion_core.storage import Directory
 
 logger = logging.getLogger(__name__)
 
 BEAT_S = 5.0
 PATIENCE_S = 60.0
+END_PATIENCE_S = 10.0
 OK, FAILED, LOST = "ok", "failed", "lost"
 
 
@@ -44,11 +46,18 @@ class Lease:
         return not self.directory.exists(f"{self.number + 1}.json")
 
     def end(self, outcome: str = OK) -> None:
-        """Give the lease back and record how it ended; the first outcome stays."""
+        """Give the lease back and record how it ended; the first outcome stays.
+
+        Where the store is away, others learn it from the silence: it must hide neither the work nor what ended it.
+        """
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        self.directory.create_json(f"{self.number}.end.json", {"outcome": outcome})
+        try:
+            with patience(END_PATIENCE_S):
+                self.directory.create_json(f"{self.number}.end.json", {"outcome": outcome})
+        except StoreUnavailable:
+            logger.warning("The end of lease %s/%d is not recorded.", self.directory.uri, self.number, exc_info=True)
 
     def start_beating(self) -> None:
         self._thread = threading.Thread(target=self._beat, name=f"lease-{self.number}", daemon=True)
@@ -59,7 +68,8 @@ class Lease:
         while not self._stop.wait(self.beat_s):
             count += 1
             try:
-                self.directory.write_json(f"{self.number}.beat.json", {"count": count})
+                with patience(self.beat_s):
+                    self.directory.write_json(f"{self.number}.beat.json", {"count": count})
             except Exception:  # a store that is away for a moment must not end the beating: others would take over
                 logger.warning("The lease %s/%d could not be renewed.", self.directory.uri, self.number, exc_info=True)
 
@@ -74,7 +84,10 @@ class Lease:
 
 @dataclass
 class Held:
-    """Another process holds the lease. Poll it: its heart is judged by how long *this* object saw it stand still."""
+    """Another process holds the lease. Poll it: its heart is judged by how long *this* object saw it stand still.
+
+    Time in which the store gave this process no answer does not count: the holder could not write a beat then.
+    """
 
     directory: Directory
     number: int
@@ -90,12 +103,14 @@ class Held:
 
     def outcome(self) -> str | None:
         """None while the holder lives; `ok` or `failed` as it said itself; `lost` if it went without a word."""
+        asked_at = self.clock()
         ended = _outcome(self.directory, self.number)
         if ended is not None:
             return ended
         if _process_is_gone(self.owner):
             return _outcome(self.directory, self.number) or LOST  # it may have ended properly just now
         count = _count(self.directory, self.number)
+        self._changed_at += self.clock() - asked_at
         if count != self._seen:
             self._seen, self._changed_at = count, self.clock()
         return LOST if self.clock() - self._changed_at > self.patience_s else None

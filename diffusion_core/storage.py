@@ -57,7 +57,8 @@ class Directory:
 
     Keys are relative paths with `/` between their parts. An absent directory is an empty one: it lists nothing, and the
     first write makes it. Methods that read raise `FileNotFoundError` for an absent key; anything that the user can mend
-    (a full disk, refused credentials, a missing bucket) is a `UserError`.
+    (a full disk, refused credentials, a missing bucket) is a `UserError`, and an outage that outlasts the patience a
+    `StoreUnavailable`.
     """
 
     __slots__ = ("uri",)
@@ -226,7 +227,7 @@ def check_reachable(uri: str | Path, writable: bool = True) -> None:
     """
     place = Directory(uri)
     if not place.is_local:
-        from diffusion_core.storage_s3 import check_reachable_s3
+        from diffusion_core.storage_s3_check import check_reachable_s3
 
         check_reachable_s3(place.uri, writable)
         return

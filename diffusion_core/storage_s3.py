@@ -1,22 +1,23 @@
-"""The S3 half of `diffusion_core.storage`. Nothing else imports this module.
+"""The S3 half of `diffusion_core.storage`. Nothing else imports this module, but for `storage_s3_check`.
 
-Every request is retried on transient errors, here and not inside botocore: a conditional write whose answer was lost
-looks, at its second attempt, as if another writer had won, and only this module can tell the two apart.
+Every request is repeated for minutes while it fails for a passing reason, here and not inside botocore: a conditional
+write whose answer was lost looks, at its second attempt, as if another writer had won, and only this module can tell
+the two apart. What outlasts the patience is a `StoreUnavailable`; what is refused for good is a `UserError`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
+import logging
 import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TypeVar
-from urllib.parse import urlsplit
 
 from botocore.exceptions import (
     BotoCoreError,
@@ -28,27 +29,28 @@ from botocore.exceptions import (
     PartialCredentialsError,
     ResponseStreamingError,
 )
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_before_delay, wait_random_exponential
 
 from diffusion_core.config import UserError
+from diffusion_core.patience import StoreUnavailable, patience_s
 from diffusion_core.storage import Entry, Names
 
 if TYPE_CHECKING:
     from pyarrow import NativeFile
-    from pyarrow.fs import S3FileSystem
 
 T = TypeVar("T")
 
-ATTEMPTS = 6
+logger = logging.getLogger(__name__)
+
+_TOLD_AT_ATTEMPT = 6  # after some seconds
 PART_BYTES = 64 << 20  # larger files go up in parts; 10,000 parts of this size are 640 GB
-CHECK_SECONDS = 2.7
 
 _TRANSIENT_CODES = {
     "InternalError", "OperationAborted", "RequestTimeout", "ServiceUnavailable", "SlowDown", "Throttling",
     "ThrottlingException", "TooManyRequestsException", "ConditionalRequestConflict", "RequestTimeTooSkewed",
 }  # fmt: skip
 _ABSENT_CODES = {"404", "NoSuchKey", "NotFound"}
-_TAKEN_CODES = {"412", "PreconditionFailed"}
+TAKEN_CODES = {"412", "PreconditionFailed"}
 _SENTENCES = {
     "NoSuchBucket": "there is no such bucket",
     "AccessDenied": "access is denied for these credentials",
@@ -93,10 +95,10 @@ class S3Prefix(NamedTuple):
             return None
 
     def write(self, key: str, data: bytes) -> None:
-        self._put(key, BytesIO(data), len(data), {})
+        self._put(key, io.BytesIO(data), len(data), {})
 
     def create(self, key: str, data: bytes) -> bool:
-        return self._put(key, BytesIO(data), len(data), {"IfNoneMatch": "*"})
+        return self._put(key, io.BytesIO(data), len(data), {"IfNoneMatch": "*"})
 
     def create_file(self, key: str, path: Path) -> bool:
         with open(path, "rb") as file:
@@ -115,7 +117,22 @@ class S3Prefix(NamedTuple):
         return sorted(prefix.removeprefix(self.prefix).rstrip("/") for prefix in found)
 
     def open(self, key: str) -> NativeFile:
-        return _file_system().open_input_file(f"{self.bucket}/{self.prefix}{key}")
+        import pyarrow
+
+        size = self.size(key)
+        if size is None:
+            raise FileNotFoundError(self._uri(key))
+        return pyarrow.PythonFile(_Object(self, key, size), "r")
+
+    def read_range(self, key: str, start: int, stop: int) -> bytes:
+        """Bytes `start` to `stop` of an object, at least one."""
+
+        def fetch() -> bytes:
+            span = f"bytes={start}-{stop - 1}"
+            body: bytes = _client().get_object(**self._object(key), Range=span)["Body"].read()
+            return body
+
+        return self._present(key, fetch)
 
     def download(self, key: str, path: Path) -> None:
         def fetch() -> None:
@@ -237,98 +254,98 @@ class S3Prefix(NamedTuple):
         """Send a request, again while it fails for a passing reason, and translate the error that remains."""
         retrying = Retrying(
             retry=retry_if_exception(_is_transient),
-            stop=stop_after_attempt(ATTEMPTS),
+            stop=stop_before_delay(patience_s()),
             wait=wait_random_exponential(multiplier=0.2, max=10),
+            before_sleep=self._tell,
             reraise=True,
         )
         try:
             return retrying(send)
         except (ClientError, BotoCoreError) as error:
-            _translate(self._uri(), error)
+            translate(self._uri(), error)
+
+    def _tell(self, state: RetryCallState) -> None:
+        if state.attempt_number == _TOLD_AT_ATTEMPT and state.outcome is not None:
+            reason = _reason(state.outcome.exception())
+            logger.warning("The store %s is away (%s); waiting for it up to %g s.", self._uri(), reason, patience_s())
+
+
+class _Object(io.RawIOBase):
+    """An object of known size that is read piece by piece, each by a request that is repeated like every other."""
+
+    def __init__(self, place: S3Prefix, key: str, size: int) -> None:
+        self._place, self._key, self._size, self._at = place, key, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        stop = self._size if size is None or size < 0 else min(self._size, self._at + size)
+        if self._at >= stop:
+            return b""
+        data = self._place.read_range(self._key, self._at, stop)
+        self._at += len(data)
+        return data
 
 
 class _Taken(Exception):
     """The condition of a write was not met: an object of this key exists."""
 
 
-def check_reachable_s3(uri: str, writable: bool) -> None:
-    """`check_reachable` for S3. Runs in a thread because the look-up of a host's name knows no time-out."""
-    place = S3Prefix.of(uri)
-    outcome: list[BaseException | None] = []
-
-    def check() -> None:
-        try:
-            client = _new_client(connect_timeout=2, read_timeout=2)
-            client.list_objects_v2(Bucket=place.bucket, MaxKeys=1)
-            if writable:
-                _check_writes(client, uri, place._object(f".reachable-{uuid.uuid4().hex}"))
-            outcome.append(None)
-        except BaseException as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=check, daemon=True)
-    thread.start()
-    thread.join(CHECK_SECONDS)
-    if not outcome:
-        raise UserError(f"The store {uri} cannot be reached: {_endpoint()} gave no answer in {CHECK_SECONDS} seconds.")
-    error = outcome[0]
-    if isinstance(error, (ClientError, BotoCoreError)):
-        _translate(uri, error)
-    if isinstance(error, ValueError):  # botocore's word for an endpoint that is not a URL
-        raise UserError(f"The store {uri} cannot be reached: {_lower(str(error))}.") from error
-    if error is not None:
-        raise error
-
-
-def _check_writes(client: Any, uri: str, probe: dict[str, str]) -> None:
-    """Write an object, and make sure that the service refuses to create it again: all commits rest on that."""
-    client.put_object(**probe, Body=b"")
-    try:
-        client.put_object(**probe, Body=b"", IfNoneMatch="*")
-    except ClientError as error:
-        if _code(error) in _TAKEN_CODES:
-            return
-        if _code(error) != "NotImplemented":
-            raise
-    finally:
-        client.delete_object(**probe)
-    raise UserError(f"The store {uri} cannot be used: {_endpoint()} has no conditional writes (If-None-Match).")
-
-
-def _translate(uri: str, error: Exception) -> NoReturn:
+def translate(uri: str, error: Exception) -> NoReturn:
     if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
         raise UserError(
             f"The store {uri} cannot be used: there are no S3 credentials "
             "(set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use an instance role)."
         ) from error
     if isinstance(error, ClientError):
-        code = _code(error)
+        code = error_code(error)
         if code in _ABSENT_CODES or code == "NoSuchUpload":
             raise _Absent from error
-        if code in _TAKEN_CODES:
+        if code in TAKEN_CODES:
             raise _Taken from error
+        if not _is_transient(error):
+            raise UserError(f"The store {uri} cannot be used: {_SENTENCES.get(code) or _reason(error)}.") from error
+    if _is_transient(error):
+        raise StoreUnavailable(f"The store {uri} cannot be reached: {_reason(error)}.") from error
+    raise UserError(f"The store {uri} cannot be reached: {_reason(error)}.") from error
+
+
+def _reason(error: BaseException | None) -> str:
+    """What the service answered, or that it did not, with its endpoint."""
+    if isinstance(error, ClientError):
         message = error.response.get("Error", {}).get("Message")
-        reason = _SENTENCES.get(code) or f"{_endpoint()} answered {code}: {message}"
-        raise UserError(f"The store {uri} cannot be used: {reason.rstrip('.')}.") from error
-    raise UserError(f"The store {uri} cannot be reached: {_lower(str(error)).rstrip('.')}.") from error
+        return f"{endpoint()} answered {error_code(error)}: {message}".rstrip(".")
+    text = lower(str(error)).rstrip(".")
+    return text if endpoint() in text else f"{text} ({endpoint()})"
 
 
 def _is_transient(error: BaseException) -> bool:
     if isinstance(error, ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return _code(error) in _TRANSIENT_CODES or status in (429, 500, 502, 503, 504)
+        return error_code(error) in _TRANSIENT_CODES or status == 429 or (status >= 500 and status != 501)
     return isinstance(error, (HTTPClientError, ConnectionError, IncompleteReadError, ResponseStreamingError))
 
 
-def _code(error: ClientError) -> str:
+def error_code(error: ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", "unknown"))
 
 
-def _lower(text: str) -> str:
+def lower(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _endpoint() -> str:
+def endpoint() -> str:
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "the S3 service of AWS"
 
 
@@ -347,10 +364,10 @@ def _client() -> Any:
 
 @lru_cache(maxsize=4)
 def _cached_client(_pid: int, _variables: tuple[tuple[str, str], ...]) -> Any:
-    return _new_client(connect_timeout=10, read_timeout=60)
+    return new_client(connect_timeout=10, read_timeout=60)
 
 
-def _new_client(connect_timeout: float, read_timeout: float) -> Any:
+def new_client(connect_timeout: float, read_timeout: float) -> Any:
     import boto3.session
     from botocore.config import Config
 
@@ -364,22 +381,3 @@ def _new_client(connect_timeout: float, read_timeout: float) -> Any:
         response_checksum_validation="when_required",
     )
     return session.client("s3", region_name=session.region_name or "us-east-1", config=options)
-
-
-def _file_system() -> S3FileSystem:
-    with _building:
-        return _cached_file_system(os.getpid(), _environment())
-
-
-@lru_cache(maxsize=4)
-def _cached_file_system(_pid: int, _variables: tuple[tuple[str, str], ...]) -> S3FileSystem:
-    """pyarrow's file system with the endpoint and region that boto3 resolved, so that both talk to the same place."""
-    from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem
-
-    client = _new_client(connect_timeout=10, read_timeout=60)
-    endpoint = urlsplit(client.meta.endpoint_url)
-    options: dict[str, Any] = {"region": client.meta.region_name}
-    if not (endpoint.hostname or "").endswith(".amazonaws.com"):
-        options |= {"scheme": endpoint.scheme, "endpoint_override": endpoint.netloc}
-    retries = AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS)
-    return S3FileSystem(connect_timeout=10, request_timeout=60, retry_strategy=retries, **options)

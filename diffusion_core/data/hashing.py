@@ -16,6 +16,7 @@ from diffusion_core.config import digest
 from diffusion_core.data.config import DatasetConfig
 from diffusion_core.data.sources import Source
 from diffusion_core.data.sources.listing import SourceFile
+from diffusion_core.patience import StoreUnavailable
 from diffusion_core.storage import Directory
 
 CACHE = "source-hashes.parquet"
@@ -61,6 +62,8 @@ class HashCache:
             return pq.read_table(pa.BufferReader(self._directory.read(CACHE)), schema=_SCHEMA)
         except FileNotFoundError:
             pass
+        except StoreUnavailable:
+            raise
         except (pa.ArrowException, OSError) as error:
             log.warning("%s/%s is damaged (%s): the source is hashed again.", self._directory.uri, CACHE, error)
         return _SCHEMA.empty_table()

@@ -11,6 +11,7 @@ import numpy as np
 from diffusion_core.generation.formats import ShardContent, data_digest, data_keys, decode, pixel_digest
 from diffusion_core.generation.imageset import ImageSet
 from diffusion_core.generation.plan import Extension, Shard, read_extensions
+from diffusion_core.patience import StoreUnavailable
 
 
 def verify(images: ImageSet) -> Iterator[str]:
@@ -60,6 +61,8 @@ def _shard(images: ImageSet, shard: Shard, in_manifest: dict[str, Any] | None) -
     differing = []
     try:
         differing = list(_images(images, shard, record, decode(images.generation.format, files)))
+    except StoreUnavailable:
+        raise
     except Exception as error:  # damaged bytes make decoders fail in any way they like
         yield f"{where}: {record['key']} cannot be decoded: {type(error).__name__}: {error}"
         return

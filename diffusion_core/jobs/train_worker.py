@@ -14,6 +14,7 @@ import threading
 from typing import Any
 
 from diffusion_core.config import UserError
+from diffusion_core.patience import patience
 from diffusion_core.storage import Directory
 from diffusion_core.training.run import INTERRUPTED, RunDirectory, TrainSpec
 
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 PROGRESS = "progress.json"
 _LOOK_S = 1.0
+_LOOK_PATIENCE_S = 10.0
 
 
 def stop_key(attempt: int) -> str:
@@ -155,8 +157,9 @@ class Watch:
         while True:
             closing = self._closed.wait(_LOOK_S)
             try:
-                self._tell()
-                self._reason = self._reason or self._why_stop()
+                with patience(_LOOK_PATIENCE_S):
+                    self._tell()
+                    self._reason = self._reason or self._why_stop()
             except Exception:  # a store that is away for a moment must not end the training
                 logger.warning("The run's directory %s cannot be reached.", self._run.directory.uri, exc_info=True)
             if closing:

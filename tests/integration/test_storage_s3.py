@@ -278,13 +278,6 @@ def test_an_upload_in_parts_whose_answer_was_lost_is_still_ours(
     assert place.create("large", b"b" * 6 * MIB) is False
 
 
-def test_a_lasting_failure_is_one_sentence(faults: Faults, s3_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage_s3, "ATTEMPTS", 2)
-    faults.plan = ["503"] * 2
-    with pytest.raises(UserError, match=r"cannot be used: http://127\.0\.0\.1:\d+ answered 503"):
-        Directory(s3_store).write("a", b"1")
-
-
 def test_check_of_a_service_that_ignores_conditions(faults: Faults, s3_store: str) -> None:
     check_reachable(s3_store)
     faults.ignore_conditions = True

@@ -109,8 +109,8 @@ for name in sys.argv[1:]:
 
 def test_the_library_works_without_cluster_software() -> None:
     """Importing every module of the rooms that train, sample and measure asks for no Ray, Prefect or MLflow."""
-    rooms = ("config", "storage", "storage_s3", "progress", "lease", "bundle", "diffusion", "networks", "data")
-    rooms += ("training", "generation")
+    rooms = ("config", "patience", "storage", "storage_s3", "storage_s3_check", "progress", "lease", "bundle")
+    rooms += ("diffusion", "networks", "data", "training", "generation")
     modules = [name for room in rooms for name in _modules(f"diffusion_core.{room}")]
     assert len(modules) > 25
     _python(BLOCKED, *modules)

@@ -16,6 +16,7 @@ from diffusion_core.data.config import SourceKind
 from diffusion_core.data.sources.arrays import UNREADABLE, ArrayReader, ArraySource, ImageArray, checked_shape
 from diffusion_core.data.sources.base import Scan, split_in
 from diffusion_core.data.sources.listing import SourceFile
+from diffusion_core.patience import StoreUnavailable
 from diffusion_core.storage import Directory
 
 
@@ -71,6 +72,8 @@ class IdxSource(ArraySource):
         try:
             with _open_idx(self.place, key) as stream:
                 values = np.frombuffer(stream.read(offset + count), np.uint8, count, offset)
+        except StoreUnavailable:
+            raise
         except UNREADABLE as error:
             raise UserError(f"source.uri: the labels in {key} are truncated or damaged ({error}).") from error
         return values
@@ -81,6 +84,8 @@ class IdxSource(ArraySource):
             with _open_idx(self.place, key) as stream:
                 zero, kind, dimensions = struct.unpack(">HBB", stream.read(4))
                 shape = struct.unpack(f">{dimensions}I", stream.read(4 * dimensions))
+        except StoreUnavailable:
+            raise
         except UNREADABLE as error:
             raise UserError(f"source.uri: {key} is not an IDX file: its header cannot be read ({error}).") from error
         if zero != 0 or kind != 8:

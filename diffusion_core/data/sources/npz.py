@@ -15,6 +15,7 @@ from diffusion_core.data.config import SourceKind
 from diffusion_core.data.sources.arrays import UNREADABLE, ArrayReader, ArraySource, ImageArray, checked_shape
 from diffusion_core.data.sources.base import Scan
 from diffusion_core.data.sources.listing import SourceFile, suffix
+from diffusion_core.patience import StoreUnavailable
 from diffusion_core.storage import Directory
 
 
@@ -48,6 +49,8 @@ class NpzSource(ArraySource):
             try:
                 with self.place.open(key) as stream, np.load(stream, allow_pickle=False) as archive:
                     self._add(key, archive, arrays, labels)
+            except StoreUnavailable:
+                raise
             except UNREADABLE as error:
                 raise UserError(f"source.uri: {key} is not a readable .npz archive ({error}).") from error
         if not arrays:

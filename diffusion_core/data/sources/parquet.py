@@ -29,6 +29,7 @@ from diffusion_core.data.sources.base import (
 )
 from diffusion_core.data.sources.listing import SourceFile, suffix
 from diffusion_core.data.transforms import RejectedItem
+from diffusion_core.patience import StoreUnavailable
 from diffusion_core.storage import Directory
 
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "jpeg", "webp")
@@ -148,7 +149,7 @@ class ParquetSource(Source):
                     parquet = pq.ParquetFile(stream)
                     file = self._describe(entry.key, parquet, first)
                     columns = self._read_columns(parquet, file)
-            except MemoryError:
+            except (MemoryError, StoreUnavailable):
                 raise
             except (pa.ArrowException, OSError) as error:
                 rejected.append((entry.key, f"not a readable Parquet file: {error}"))
