@@ -37,20 +37,25 @@ class HashCache:
         self._directory, self._uri = directory, uri
         rows = self._table().filter(pc.field("uri") == uri)
         columns = [rows[name].to_pylist() for name in ("key", "size", "stamp", "sha256")]
-        self._known = {(key, size, stamp): sha256 for key, size, stamp, sha256 in zip(*columns, strict=True)}
+        self._known = {key: (size, stamp, sha256) for key, size, stamp, sha256 in zip(*columns, strict=True)}
 
     def get(self, file: SourceFile) -> str | None:
-        return self._known.get((file.key, file.size, file.stamp))
+        size, stamp, sha256 = self._known.get(file.key, (None, None, None))
+        return sha256 if (size, stamp) == (file.size, file.stamp) else None
 
     def put(self, file: SourceFile, sha256: str) -> None:
-        self._known[file.key, file.size, file.stamp] = sha256
+        self._known[file.key] = (file.size, file.stamp, sha256)
+
+    def forget(self, key: str) -> None:
+        """The file has another content than was remembered, whatever its size and stamp: it must be hashed again."""
+        self._known.pop(key, None)
 
     def save(self) -> None:
         """Write what is known of this source in place of what was written of it; other sources stay."""
         others = self._table().filter(pc.field("uri") != self._uri)
         rows = [
             {"uri": self._uri, "key": key, "size": size, "stamp": stamp, "sha256": sha256}
-            for (key, size, stamp), sha256 in sorted(self._known.items())
+            for key, (size, stamp, sha256) in sorted(self._known.items())
         ]
         mine = pa.Table.from_pylist(rows, _SCHEMA)
         sink = io.BytesIO()

@@ -10,6 +10,7 @@ import io
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +28,10 @@ from diffusion_core.storage import Directory
 WORK = "work"  # what a job has done so far; removed when the manifest is written
 SPOOL_ABOVE_BYTES = 4 << 30
 
+KILLED = "its decoder crashed: the process that read it died, at every attempt"
+
 Rejected = tuple[str, str]  # key, reason
+ShardWork = dict[str, Any]  # what became of a shard: `shard`, its record, and `rejected`
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,10 @@ class ShardSpan:
     split: str
     start: int
     stop: int
+
+    @property
+    def images(self) -> int:
+        return self.stop - self.start
 
 
 @dataclass(frozen=True)
@@ -61,11 +69,19 @@ class Plan:
     def image_shape(self) -> Shape:
         return (*self.transform.size, self.transform.config.channels)
 
-    def items(self, span: ShardSpan) -> Iterator[Item]:
-        """The items of a shard in any order; slots count from the shard's beginning."""
-        if self.spooled is None:
-            return self.reader.read(self.order[span.start : span.stop])
-        return _read_spool(self.directory, self.spooled, span)
+    def key(self, position: int) -> str:
+        """Where the image at a position of the order comes from."""
+        return self.reader.key(int(self.order[position]))
+
+    def items(self, start: int, stop: int, without: frozenset[int] = frozenset()) -> Iterator[Item]:
+        """The items at positions `start` to `stop`, in any order; slots count from `start`. Those at the positions
+        `without` are not read."""
+        positions = np.array([position for position in range(start, stop) if position not in without], np.int64)
+        if self.spooled is not None:
+            yield from _read_spool(self.directory, self.spooled, positions, start)
+            return
+        for item in self.reader.read(self.order[positions]):
+            yield replace(item, slot=int(positions[item.slot]) - start)
 
 
 def make_plan(directory: Directory, scan: Scan, config: DatasetConfig) -> Plan:
@@ -129,24 +145,25 @@ def spool_chunk(plan: Plan, positions: np.ndarray, number: int, chunk: range) ->
     plan.directory.create(key, sink.getvalue())
 
 
-def make_shard(plan: Plan, index: int) -> dict[str, Any]:
+def make_shard(plan: Plan, index: int, killers: frozenset[int] = frozenset()) -> ShardWork:
     """Read, decode and store one shard, and commit it by its record in `work/`. Returns the record.
 
+    Args:
+        killers: positions of the images that are known to kill the process; they are rejected unread.
+
     Raises:
-        UserError: the source has changed since it was hashed.
+        SourceChanged: the source has changed since it was hashed.
     """
     span = plan.shards[index]
-    rows = span.stop - span.start
+    rows = span.images
     images = np.zeros((rows, *plan.image_shape), np.uint8)
     keys = [""] * rows
     text: list[str | None] = [None] * rows
     taken = np.zeros(rows, bool)
-    rejected: list[Rejected] = []
-    for item in plan.items(span):
+    rejected = [(plan.key(position), KILLED) for position in killers if span.start <= position < span.stop]
+    for item in plan.items(span.start, span.stop, killers):
         try:
-            if isinstance(item.content, RejectedItem):
-                raise item.content
-            images[item.slot] = plan.transform(item.content)
+            images[item.slot] = _pixels(plan, item)
         except RejectedItem as error:
             rejected.append((item.key, str(error)))
             continue
@@ -166,7 +183,20 @@ def make_shard(plan: Plan, index: int) -> dict[str, Any]:
     return record
 
 
-def finished_shards(plan: Plan) -> dict[int, dict[str, Any]]:
+def try_images(plan: Plan, start: int, stop: int) -> None:
+    """Read and decode the images at positions `start` to `stop`, to see whether the process survives it."""
+    for item in plan.items(start, stop):
+        with suppress(RejectedItem):
+            _pixels(plan, item)
+
+
+def _pixels(plan: Plan, item: Item) -> np.ndarray:
+    if isinstance(item.content, RejectedItem):
+        raise item.content
+    return plan.transform(item.content)
+
+
+def finished_shards(plan: Plan) -> dict[int, ShardWork]:
     """Records of the shards that an earlier job has finished, by index."""
     work = plan.directory / WORK
     names = {_record_file(index).removeprefix(f"{WORK}/"): index for index in range(len(plan.shards))}
@@ -211,7 +241,7 @@ def positions_of_items(plan: Plan) -> np.ndarray:
 
 
 def with_spool(plan: Plan, chunks: int) -> Plan:
-    """The plan, reading from the spool. The order itself is then not needed by any worker."""
+    """The plan, reading from the spool."""
     return replace(plan, spooled=chunks)
 
 
@@ -258,26 +288,27 @@ def _common_size(scan: Scan, config: DatasetConfig) -> tuple[int, int]:
     )
 
 
-def _read_spool(directory: Directory, chunks: int, span: ShardSpan) -> Iterator[Item]:
+def _read_spool(directory: Directory, chunks: int, positions: np.ndarray, start: int) -> Iterator[Item]:
+    """The items at these positions (sorted); slots count from `start`."""
+    if not len(positions):
+        return
     for number in range(chunks):
         with directory.open(_spool_file(number)) as stream:
             file = pq.ParquetFile(stream)
             for group in range(file.num_row_groups):
                 statistics = file.metadata.row_group(group).column(0).statistics
-                if statistics.min < span.stop and statistics.max >= span.start:
-                    yield from _spooled_items(file.read_row_group(group), span)
+                if statistics.min <= positions[-1] and statistics.max >= positions[0]:
+                    yield from _spooled_items(file.read_row_group(group), positions, start)
 
 
-def _spooled_items(table: pa.Table, span: ShardSpan) -> Iterator[Item]:
-    positions = table["position"].to_numpy()
-    low, high = np.searchsorted(positions, (span.start, span.stop))
-    for row in table.slice(low, high - low).to_pylist():
+def _spooled_items(table: pa.Table, positions: np.ndarray, start: int) -> Iterator[Item]:
+    for row in table.filter(np.isin(table["position"], positions)).to_pylist():
         content: bytes | np.ndarray | RejectedItem = row["content"]
         if row["problem"] is not None:
             content = RejectedItem(row["problem"])
         elif row["shape"] is not None:
             content = np.frombuffer(row["content"], np.uint8).reshape(row["shape"])
-        yield Item(row["position"] - span.start, row["key"], content, row["text"])
+        yield Item(row["position"] - start, row["key"], content, row["text"])
 
 
 def _payload(item: Item) -> bytes | None:

@@ -3,7 +3,8 @@
 Pass 1 hashes the source and finds the version's name. If that version exists, nothing else happens and Ray is not even
 imported. Pass 2 makes the shards with Ray Data, one row of work for each shard: a worker reads the items of its shard
 in their final order, so that nothing but a shard's number travels between workers and memory does not grow with the
-source. Each finished shard is committed by a record, which the next attempt finds.
+source. Each finished shard is committed by a record, which the next attempt finds. An image that takes the process of
+its worker down, however often that is tried, is found and rejected.
 """
 
 from __future__ import annotations
@@ -13,16 +14,20 @@ import json
 import logging
 import sys
 import time
-import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
-from diffusion_core.config import UserError, digest, identity
-from diffusion_core.data.hashing import HashCache, dataset_version, hash_files
+from diffusion_core.config import digest, identity
+from diffusion_core.data.hashing import HashCache, Hashed, dataset_version, hash_files
 from diffusion_core.data.sharding import (
+    KILLED,
     WORK,
     Plan,
+    Rejected,
+    ShardSpan,
+    ShardWork,
     check_rejected,
     check_reused,
     finished_shards,
@@ -31,14 +36,17 @@ from diffusion_core.data.sharding import (
     positions_of_items,
     spool_chunk,
     spool_chunks,
+    try_images,
     with_spool,
 )
 from diffusion_core.data.shards import MANIFEST, ImageDataset, commit_dataset, open_dataset
 from diffusion_core.data.sources import Scan, Source, open_source
+from diffusion_core.data.sources.hashed import SourceChanged
 from diffusion_core.data.sources.listing import SourceFile
 from diffusion_core.jobs.cluster import ray_session
 from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.requests import Resources, ShardRequest, ShardResult
+from diffusion_core.jobs.rows import WorkersDied, on_cluster, survives
 from diffusion_core.progress import Progress
 from diffusion_core.storage import Directory
 
@@ -52,18 +60,25 @@ def run(request: ShardRequest) -> ShardResult:
     """Make the dataset version that the request describes, or find it.
 
     Raises:
-        UserError: the source is absent, empty, not what it is said to be, or too much of it had to be rejected.
+        UserError: the source is absent, empty, not what it is said to be, changes meanwhile, or too much of it had to
+            be rejected.
     """
     began = time.monotonic()
     source = open_source(request.source)
     source.limit(request.dataset.max_file_mb << 20)
     home = Directory(request.store) / f"datasets/{request.dataset.name}"
+    cache = HashCache(home, source.config.uri or source.kind.value)
     with ExitStack() as cluster:
-        digests = _hash_source(source, home, request.resources, cluster)
+        digests = _hash_source(source, cache, request.resources, cluster)
         version = dataset_version(source, digests, request.dataset)
         directory = home / version
         reused = directory.exists(MANIFEST)
-        dataset = open_dataset(directory) if reused else _make(request, source, digests, directory, cluster)
+        try:
+            dataset = open_dataset(directory) if reused else _make(request, source, digests, directory, cluster)
+        except SourceChanged as error:
+            cache.forget(error.key)  # if size and stamp are the old ones, only hashing again finds the change
+            cache.save()
+            raise
     if reused:
         check_reused(dataset, request.dataset)
     if WORK in directory.children():
@@ -80,9 +95,8 @@ def run(request: ShardRequest) -> ShardResult:
     )
 
 
-def _hash_source(source: Source, home: Directory, resources: Resources, cluster: ExitStack) -> dict[str, str]:
+def _hash_source(source: Source, cache: HashCache, resources: Resources, cluster: ExitStack) -> dict[str, str]:
     """SHA-256 of every file by key, from the cache where size and stamp are unchanged."""
-    cache = HashCache(home, source.config.uri or source.kind.value)
     files = {file.key: file for file in source.files if source.needs_hash(file)}
     digests = {key: known for key, file in files.items() if (known := cache.get(file)) is not None}
     missing = [file for key, file in files.items() if key not in digests]
@@ -107,19 +121,19 @@ def _hash_source(source: Source, home: Directory, resources: Resources, cluster:
 
 def _hash_on_cluster(
     source: Source, files: list[SourceFile], resources: Resources, cluster: ExitStack
-) -> Generator[tuple[str, str, str]]:
+) -> Generator[Hashed]:
     kind, config, place = type(source), source.config, source.place
 
-    def hash_some(row: dict[str, Any]) -> list[tuple[str, str, str]]:
+    def hash_some(row: dict[str, Any]) -> list[Hashed]:
         some = [SourceFile(key, size) for key, size in json.loads(row["files"])]
         return list(hash_files(kind(config, place, some), some))
 
     parts = [files[first : first + _FILES_A_TASK] for first in range(0, len(files), _FILES_A_TASK)]
     rows = [{"files": json.dumps([(file.key, file.size) for file in part])} for part in parts]
     cluster.enter_context(ray_session(resources))
-    with closing(_on_cluster(hash_some, rows, resources)) as answers:
-        for hashed in answers:
-            yield from ((key, sha256, problem) for key, sha256, problem in hashed)
+    with closing(on_cluster(hash_some, rows, resources)) as answers:
+        for _, hashed in answers:
+            yield from hashed
 
 
 def _make(
@@ -129,7 +143,12 @@ def _make(
     config = request.dataset
     scan = source.scan(digests)
     total = len(scan.candidates) + scan.rejected_images
-    check_rejected(directory, scan.rejected, scan.rejected_images, total, config)
+
+    def judge(in_shards: Sequence[Rejected]) -> None:
+        rejected = [*scan.rejected, *in_shards]
+        check_rejected(directory, rejected, scan.rejected_images + len(in_shards), total, config)
+
+    judge([])
     plan = make_plan(directory, scan, config)
     records = finished_shards(plan)
     if records:
@@ -137,21 +156,21 @@ def _make(
     try:
         if len(records) < len(plan.shards):
             cluster.enter_context(ray_session(request.resources))
-            _make_shards(plan, sum(file.size for file in source.files), records, request.resources)
+            plan = _spooled(plan, sum(file.size for file in source.files), request.resources)
+            _make_shards(plan, records, request.resources, judge)
     except Exception:
         if directory.exists(MANIFEST):  # another job was at the same version, finished first, and cleared up
             return open_dataset(directory)
         raise
-    in_shards = [tuple(rejected) for record in records.values() for rejected in record["rejected"]]
-    rejected = [*scan.rejected, *in_shards]
-    check_rejected(directory, rejected, scan.rejected_images + len(in_shards), total, config)
+    in_shards = _rejected_in(records)
+    judge(in_shards)
     return commit_dataset(
         directory,
         version=directory.name,
         image_shape=plan.image_shape,
         class_names=scan.class_names,
         shards=[records[index]["shard"] for index in range(len(plan.shards))],
-        rejected=rejected,
+        rejected=[*scan.rejected, *in_shards],
         has_text=scan.has_text,
         source=_about_source(source, scan, digests),
         config=identity(config),
@@ -159,83 +178,99 @@ def _make(
     )
 
 
-def _make_shards(plan: Plan, source_bytes: int, records: dict[int, dict[str, Any]], resources: Resources) -> None:
-    """Make the shards that have no record yet, and add theirs."""
+def _make_shards(
+    plan: Plan, records: dict[int, ShardWork], resources: Resources, judge: Callable[[Sequence[Rejected]], None]
+) -> None:
+    """Make the shards that have no record yet, and add theirs.
+
+    Where the process of a shard died at every attempt, the images that kill it are found and left out.
+
+    Args:
+        judge: told the rejects of all shards so far; raises if they are too many.
+    """
+    missing = [index for index in range(len(plan.shards)) if index not in records]
+    try:
+        _make_some(plan, missing, frozenset(), records, resources)
+    except WorkersDied as died:
+        lost = [missing[place] for place in died.places]
+        alone = resources.model_copy(update={"workers": 1})  # beside others, an innocent image might lack memory
+        killers = set()
+        rejected = _rejected_in(records)
+        for position in _killers(plan, [plan.shards[index] for index in lost], alone):
+            killers.add(position)
+            rejected.append((plan.key(position), KILLED))
+            log.warning("%s: %s.", *rejected[-1])
+            judge(rejected)
+        _make_some(plan, lost, frozenset(killers), records, alone)
+
+
+def _make_some(
+    plan: Plan, indices: Sequence[int], killers: frozenset[int], records: dict[int, ShardWork], resources: Resources
+) -> None:
     import ray
 
-    if chunks := spool_chunks(plan, source_bytes):
-        _spool(plan, chunks, resources)
-        plan = with_spool(plan, len(chunks))
     shared = ray.put(plan)
 
-    def make(row: dict[str, Any]) -> dict[str, Any]:
-        return {"index": row["index"], **make_shard(ray.get(shared), row["index"])}
+    def make(row: dict[str, Any]) -> ShardWork:
+        return make_shard(ray.get(shared), row["index"], killers)
 
-    missing = [{"index": index} for index in range(len(plan.shards)) if index not in records]
-    done = sum(plan.shards[index].stop - plan.shards[index].start for index in records)
+    done = sum(plan.shards[index].images for index in records)
+    rows = [{"index": index} for index in indices]
     with (
         Progress("shard", len(plan.order), "images", initial=done) as progress,
-        closing(_on_cluster(make, missing, resources)) as made,
+        closing(on_cluster(make, rows, resources)) as made,
     ):
-        for record in made:
-            index = record.pop("index")
-            records[index] = record
-            span = plan.shards[index]
-            progress.advance(span.stop - span.start, shards=len(records))
+        for place, record in made:
+            records[indices[place]] = record
+            progress.advance(plan.shards[indices[place]].images, shards=len(records))
 
 
-def _spool(plan: Plan, chunks: list[range], resources: Resources) -> None:
+def _killers(plan: Plan, spans: Sequence[ShardSpan], resources: Resources) -> Iterator[int]:
+    """Positions of the images that kill the process that decodes them, twice when they are alone.
+
+    What is not survived is halved, so that one image among thousands costs a dozen processes.
+    """
     import ray
 
+    shared = ray.put(plan)
+    survived = partial(survives, try_images, resources, shared)
+    suspects = [(span.start, span.stop) for span in reversed(spans)]
+    while suspects:
+        start, stop = suspects.pop()
+        if survived(start, stop):
+            continue
+        if stop - start == 1:
+            if not survived(start, stop):
+                yield start
+            continue
+        middle = (start + stop) // 2
+        suspects += [(middle, stop), (start, middle)]
+
+
+def _spooled(plan: Plan, source_bytes: int, resources: Resources) -> Plan:
+    """The plan, reading from a spool that is made first, where that is better than reading the source."""
+    import ray
+
+    chunks = spool_chunks(plan, source_bytes)
+    if not chunks:
+        return plan
     shared, positions = ray.put(plan), ray.put(positions_of_items(plan))
 
-    def spool(row: dict[str, Any]) -> int:
-        chunk = range(row["first"], row["last"])
-        spool_chunk(ray.get(shared), ray.get(positions), row["number"], chunk)
-        return len(chunk)
+    def spool(row: dict[str, Any]) -> None:
+        spool_chunk(ray.get(shared), ray.get(positions), row["number"], range(row["first"], row["last"]))
 
     rows = [{"number": i, "first": chunk.start, "last": chunk.stop} for i, chunk in enumerate(chunks)]
     with (
         Progress("spool", sum(map(len, chunks)), "images") as progress,
-        closing(_on_cluster(spool, rows, resources)) as spooled,
+        closing(on_cluster(spool, rows, resources)) as spooled,
     ):
-        for images in spooled:
-            progress.advance(images)
+        for place, _ in spooled:
+            progress.advance(len(chunks[place]))
+    return with_spool(plan, len(chunks))
 
 
-def _on_cluster(
-    work: Callable[[dict[str, Any]], Any], rows: list[dict[str, Any]], resources: Resources
-) -> Generator[Any]:
-    """Apply `work` to every row with Ray Data and yield the results (anything that JSON can hold) as they come.
-
-    A worker that dies is replaced `resources.max_failures` times. A `UserError` in a worker is raised here.
-    """
-    import ray
-
-    def careful(row: dict[str, Any]) -> dict[str, str]:
-        try:
-            return {"answer": json.dumps(work(row)), "error": ""}
-        except UserError as error:
-            return {"answer": "", "error": str(error)}
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = context.print_on_execution_start = False
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it would warn that there are no bars
-    with warnings.catch_warnings():
-        # Ray Data retries for ever unless told otherwise, and this deprecated way is the only one to tell it.
-        warnings.simplefilter("ignore")
-        data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-            careful,
-            num_cpus=resources.cpus_per_worker,
-            compute=ray.data.TaskPoolStrategy(size=resources.workers),
-            max_retries=resources.max_failures,
-        )
-    # Left to the garbage collector, an unfinished execution would wake Ray up again after its shutdown.
-    with closing(cast("Generator[dict[str, str]]", iter(data.iter_rows()))) as answers:
-        for answer in answers:
-            if answer["error"]:
-                raise UserError(answer["error"])
-            yield json.loads(answer["answer"])
+def _rejected_in(records: dict[int, ShardWork]) -> list[Rejected]:
+    return [(key, reason) for record in records.values() for key, reason in record["rejected"]]
 
 
 def _about_source(source: Source, scan: Scan, digests: dict[str, str]) -> dict[str, Any]:

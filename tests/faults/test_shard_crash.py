@@ -1,4 +1,4 @@
-"""The shard job is killed midway. The same command finishes the work and does none of it twice."""
+"""The shard job is killed midway, or an image kills the process that decodes it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ import os
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from diffusion_core.config import UserError
 from diffusion_core.data.config import DatasetConfig, SourceConfig
 from diffusion_core.data.shards import open_dataset
-from diffusion_core.jobs.requests import ShardRequest, ShardResult
-from tests.image_files import shard_here, write_images
+from diffusion_core.data.transforms import Transform
+from diffusion_core.jobs import shard
+from diffusion_core.jobs.requests import Resources, ShardRequest, ShardResult
+from tests.image_files import encoded, pixels, shard_here, write_images
 
 SHARDS = 24
+POISON = encoded(pixels(1000))
 
 
 def tree(root: Path) -> dict[str, bytes]:
@@ -51,6 +58,40 @@ def test_a_killed_job_is_finished_by_running_it_again(ray_cluster, python, tmp_p
     (tmp_path / "request.json").write_text(uninterrupted.model_dump_json())
     subprocess.run(command, check=True, timeout=150, capture_output=True)
     assert tree(version) == tree(tmp_path / "other/datasets/x" / version.name)
+
+
+class Deadly(Transform):
+    """A decoder that crashes natively for one image."""
+
+    def __call__(self, item):
+        if item == POISON:
+            os.abort()
+        return super().__call__(item)
+
+
+def test_an_image_that_kills_its_decoder_is_found_and_rejected(ray_cluster, tmp_path, store, monkeypatch):
+    root = write_images(tmp_path / "source", [f"{i}.png" for i in range(30)])
+    (root / "7.png").write_bytes(POISON)
+    (root / "zero.png").write_bytes(b"")
+    config = DatasetConfig(name="x", image_size=8, rows_per_shard=4, max_rejected_fraction=0.1)
+    request = ShardRequest(
+        store=store, source=SourceConfig(uri=str(root)), dataset=config, resources=Resources(max_failures=0)
+    )
+    planned = shard.make_plan
+
+    def deadly(*args):
+        plan = planned(*args)
+        return replace(plan, transform=Deadly(plan.transform.config, plan.transform.size))
+
+    monkeypatch.setattr(shard, "make_plan", deadly)
+    dataset = open_dataset(shard.run(request).uri)
+    rejected = dict(dataset.rejected())
+    assert rejected.keys() == {"7.png", "zero.png"} and rejected["7.png"].startswith("its decoder crashed")
+    assert sum(dataset.splits.values()) == 29
+    assert "7.png" not in dataset.read("train").keys + dataset.read("test").keys
+    strict = request.model_copy(update={"dataset": config.model_copy(update={"max_rejected_fraction": 0.04})})
+    with pytest.raises(UserError, match=r"^2 of 31 images were rejected"):
+        shard.run(strict)
 
 
 def wait_for_records(store: Path, count: int, job: subprocess.Popen) -> int:

@@ -8,9 +8,6 @@ import os
 import pytest
 
 from diffusion_core.config import UserError
-from diffusion_core.data.config import SourceConfig
-from diffusion_core.data.hashing import hash_files
-from diffusion_core.data.sources import open_source
 from tests.image_files import Found, encoded, pixels, write_images
 
 
@@ -152,21 +149,6 @@ def test_links_and_names(tmp_path):
         "a/caf\\xe9.png": "its name is not valid UTF-8",
     }
     assert found.scan.rejected_images == 4
-
-
-def test_a_file_that_changes_after_it_was_hashed_stops_the_job(tmp_path):
-    write_images(tmp_path, ["1.png", "2.png"])
-    source = open_source(SourceConfig(uri=str(tmp_path)))
-    scan = source.scan({key: sha for key, sha, _ in hash_files(source, source.files)})
-    (tmp_path / "1.png").write_bytes(encoded(pixels(77)))
-    with pytest.raises(UserError, match=r"1\.png has other content now; run the job again"):
-        list(scan.reader.read(scan.candidates))
-    (tmp_path / "1.png").unlink()
-    with pytest.raises(UserError, match=r"1\.png is gone"):
-        list(scan.reader.read(scan.candidates))
-
-
-# What is no source
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from diffusion_core.data.sources.base import (
     distinct_values,
     label_gaps,
 )
+from diffusion_core.data.sources.hashed import HashedFile
 from diffusion_core.data.transforms import RejectedItem
 from diffusion_core.storage import Directory
 
@@ -39,7 +40,7 @@ _CHUNK_BYTES = 128 << 20
 class ImageArray:
     """One array of images inside a file."""
 
-    key: str  # of the file
+    file: HashedFile
     member: str  # inside an archive; empty for a file of its own
     shape: tuple[int, ...]  # (N, H, W) or (N, H, W, C)
     offset: int  # bytes before the first pixel, after decompression
@@ -51,7 +52,7 @@ class ImageArray:
         return math.prod(self.shape[1:])
 
     def item_key(self, row: int) -> str:
-        return f"{self.key}#{self.member}{'/' if self.member else ''}{row}"
+        return f"{self.file.key}#{self.member}{'/' if self.member else ''}{row}"
 
 
 class ArrayReader(Reader):
@@ -81,7 +82,8 @@ class ArrayReader(Reader):
         for array in self.arrays:
             low, high = np.searchsorted(items[order], (array.first, array.first + array.shape[0]))
             if low < high:
-                yield from self._read(array, order[low:high], items[order[low:high]] - array.first)
+                with array.file.unchanged():
+                    yield from self._read(array, order[low:high], items[order[low:high]] - array.first)
 
     def _read(self, array: ImageArray, slots: np.ndarray, rows: np.ndarray) -> Iterator[Item]:
         """`rows` (sorted) of one array; those that cannot be read come with the reason."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 from diffusion_core.config import UserError
 from diffusion_core.data.config import SourceConfig, SourceKind
 from diffusion_core.data.shards import SPLITS
+from diffusion_core.data.sources.hashed import HashedFile, hash_file
 from diffusion_core.data.sources.listing import SourceFile
 from diffusion_core.data.transforms import RejectedItem
 from diffusion_core.storage import Directory
@@ -50,7 +50,11 @@ class Reader(ABC):
 
     @abstractmethod
     def read(self, items: np.ndarray) -> Iterator[Item]:
-        """The items of these numbers, (N,) int64 without repetition, each once, in whatever order reads fastest."""
+        """The items of these numbers, (N,) int64 without repetition, each once, in whatever order reads fastest.
+
+        Raises:
+            SourceChanged: at the end at the latest, if a file is not what it was when it was hashed.
+        """
 
     @abstractmethod
     def key(self, item: int) -> str:
@@ -107,29 +111,18 @@ class Source(ABC):
         """SHA-256 of a file's content. `OSError` if a local file cannot be read."""
         return hash_file(self.place, file)
 
+    def hashed(self, digests: dict[str, str]) -> list[HashedFile]:
+        """The files that hold images or labels, with their hashes."""
+        return [HashedFile(self.place, file, digests[file.key]) for file in self.files if self.needs_hash(file)]
+
     @abstractmethod
     def scan(self, digests: dict[str, str]) -> Scan:
         """Find the items. `digests` gives the SHA-256, by key, of every file that `needs_hash`.
 
         Raises:
             UserError: there is no image, or the source is not laid out as its kind is.
+            SourceChanged: a file is not what it was when it was hashed.
         """
-
-
-def hash_file(place: Directory, file: SourceFile) -> str:
-    """SHA-256 of a file, read in pieces."""
-    hasher = hashlib.sha256()
-    if place.is_local:
-        with open(place.local_path / file.key, "rb") as stream:
-            while piece := stream.read(1 << 20):
-                hasher.update(piece)
-    elif file.size <= 64 << 20:
-        hasher.update(place.read(file.key))
-    else:
-        with place.open(file.key) as stream:
-            while piece := stream.read(8 << 20):
-                hasher.update(piece)
-    return hasher.hexdigest()
 
 
 def split_named(word: str) -> str | None:

@@ -7,7 +7,6 @@ a `metadata.csv` or `metadata.jsonl` beside the images, with a column `file_name
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import posixpath
@@ -34,6 +33,7 @@ from diffusion_core.data.sources.base import (
     split_named,
     split_numbers,
 )
+from diffusion_core.data.sources.hashed import read_hashed
 from diffusion_core.data.sources.listing import IMAGE_SUFFIXES, SourceFile, suffix
 from diffusion_core.storage import Directory
 
@@ -66,12 +66,7 @@ class FolderReader(Reader):
 
     def _item(self, slot: int, item: int) -> Item:
         key = self.key(item)
-        try:
-            content = self.place.read(key)
-        except FileNotFoundError as error:
-            raise UserError(f"The source changed while it was read: {key} is gone; run the job again.") from error
-        if hashlib.sha256(content).digest() != self.sha256[item].as_py():
-            raise UserError(f"The source changed while it was read: {key} has other content now; run the job again.")
+        content = read_hashed(self.place, key, self.sha256[item].as_py().hex())
         return Item(slot, key, content, None if self.text is None else self.text[item].as_py())
 
 
@@ -98,7 +93,7 @@ class FolderSource(Source):
         rejected = [(file.key, f"not an image file: {suffix(file.key) or 'no suffix'}") for file in self._others()]
         broken = [(file.key, file.problem) for file in self.files if file.problem]
         keys = [file.key for file in self.files if file.problem is None and suffix(file.key) in IMAGE_SUFFIXES]
-        rows, odd = self._metadata(set(keys))
+        rows, odd = self._metadata(set(keys), digests)
         if not keys:
             raise UserError(f"source.uri: {self.config.uri} holds no image file ({len(self.files)} other files).")
         splits, folders = self._splits_and_classes(keys)
@@ -172,7 +167,9 @@ class FolderSource(Source):
             return None
         return pa.array([rows[key].text if key in rows else None for key in keys], pa.large_string())
 
-    def _metadata(self, keys: set[str]) -> tuple[dict[str, _Row] | None, list[tuple[str, str]]]:
+    def _metadata(
+        self, keys: set[str], digests: dict[str, str]
+    ) -> tuple[dict[str, _Row] | None, list[tuple[str, str]]]:
         """Rows by image key, and what is wrong with some; None without a metadata file."""
         files = [file.key for file in self.files if file.problem is None and _is_metadata(file.key)]
         if not files:
@@ -180,7 +177,7 @@ class FolderSource(Source):
         rows: dict[str, _Row] = {}
         odd: list[tuple[str, str]] = []
         for file in files:
-            for name, row in self._read_metadata(file):
+            for name, row in self._read_metadata(file, digests[file]):
                 key = posixpath.normpath(posixpath.join(posixpath.dirname(file), name))
                 if key not in keys:
                     odd.append((key, f"named in {file}, but there is no such image file"))
@@ -190,9 +187,9 @@ class FolderSource(Source):
                     rows[key] = row
         return rows, odd
 
-    def _read_metadata(self, key: str) -> Iterator[tuple[str, _Row]]:
+    def _read_metadata(self, key: str, sha256: str) -> Iterator[tuple[str, _Row]]:
         try:
-            text = self.place.read(key).decode("utf-8-sig")
+            text = read_hashed(self.place, key, sha256).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"source.uri: {key} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
         columns: dict[str, str | None] | None = None

@@ -15,6 +15,7 @@ from diffusion_core.config import UserError
 from diffusion_core.data.config import SourceKind
 from diffusion_core.data.sources.arrays import UNREADABLE, ArrayReader, ArraySource, ImageArray, checked_shape
 from diffusion_core.data.sources.base import Scan, split_in
+from diffusion_core.data.sources.hashed import HashedFile
 from diffusion_core.data.sources.listing import SourceFile
 from diffusion_core.patience import StoreUnavailable
 from diffusion_core.storage import Directory
@@ -30,7 +31,7 @@ class IdxReader(ArrayReader):
     arrays: tuple[ImageArray, ...]
 
     def open(self, array: ImageArray) -> BinaryIO:
-        return _open_idx(self.place, array.key)
+        return _open_idx(array.file)
 
 
 class IdxSource(ArraySource):
@@ -42,59 +43,61 @@ class IdxSource(ArraySource):
         return file.problem is None and is_idx(file.key)
 
     def scan(self, digests: dict[str, str]) -> Scan:
-        keys = [file.key for file in filter(self.needs_hash, self.files)]
+        files = self.hashed(digests)
         arrays: list[ImageArray] = []
         labels: list[np.ndarray | None] = []
-        for key in (key for key in keys if "labels" not in key.rpartition("/")[2]):
-            shape, offset = self._header(key)
+        for file in files:
+            key = file.key
+            if "labels" in key.rpartition("/")[2]:
+                continue
+            shape, offset = self._header(file)
             if len(shape) not in (3, 4):
                 raise UserError(f"source.uri: {key} has {len(shape)} dimensions; images have 3, or 4 with channels.")
             first = sum(array.shape[0] for array in arrays)
-            arrays.append(
-                ImageArray(
-                    key, "", checked_shape(key, shape, 1100 * self.place.size(key)), offset, first, split_in(key)
-                )
-            )
-            labels.append(self._label_file(key, keys, shape[0]))
+            shape = checked_shape(key, shape, 1100 * file.listed.size)  # deflate packs at most 1032 to 1
+            arrays.append(ImageArray(file, "", shape, offset, first, split_in(key)))
+            labels.append(self._labels_of(key, files, shape[0]))
         if not arrays:
             raise UserError(f"source.uri: {self.config.uri} holds no readable IDX file of images.")
         return self._scan(IdxReader(self.place, tuple(arrays)), arrays, labels)
 
-    def _label_file(self, images: str, keys: Sequence[str], count: int) -> np.ndarray | None:
+    def _labels_of(self, images: str, files: Sequence[HashedFile], count: int) -> np.ndarray | None:
         folder, slash, name = images.rpartition("/")
         wanted = folder + slash + name.replace("images", "labels").replace("idx3", "idx1")
-        key = next((k for k in keys if k != images and k.removesuffix(".gz") == wanted.removesuffix(".gz")), None)
-        if key is None:
+        fits = (file for file in files if file.key.removesuffix(".gz") == wanted.removesuffix(".gz") != images)
+        file = next(fits, None)
+        if file is None:
             return None
-        shape, offset = self._header(key)
+        shape, offset = self._header(file)
         if shape != (count,):
-            raise UserError(f"source.uri: {key} has shape {shape}, and {images} has {count} images.")
+            raise UserError(f"source.uri: {file.key} has shape {shape}, and {images} has {count} images.")
         try:
-            with _open_idx(self.place, key) as stream:
-                values = np.frombuffer(stream.read(offset + count), np.uint8, count, offset)
+            with file.unchanged(), _open_idx(file) as stream:
+                return np.frombuffer(stream.read(offset + count), np.uint8, count, offset)
         except StoreUnavailable:
             raise
         except UNREADABLE as error:
-            raise UserError(f"source.uri: the labels in {key} are truncated or damaged ({error}).") from error
-        return values
+            raise UserError(f"source.uri: the labels in {file.key} are truncated or damaged ({error}).") from error
 
-    def _header(self, key: str) -> tuple[tuple[int, ...], int]:
+    def _header(self, file: HashedFile) -> tuple[tuple[int, ...], int]:
         """(shape, bytes of the header) of an IDX file of bytes."""
         try:
-            with _open_idx(self.place, key) as stream:
+            with file.unchanged(), _open_idx(file) as stream:
                 zero, kind, dimensions = struct.unpack(">HBB", stream.read(4))
                 shape = struct.unpack(f">{dimensions}I", stream.read(4 * dimensions))
         except StoreUnavailable:
             raise
         except UNREADABLE as error:
-            raise UserError(f"source.uri: {key} is not an IDX file: its header cannot be read ({error}).") from error
+            raise UserError(
+                f"source.uri: {file.key} is not an IDX file: its header cannot be read ({error})."
+            ) from error
         if zero != 0 or kind != 8:
             raise UserError(
-                f"source.uri: {key} is not an IDX file of unsigned bytes (it begins {zero:04x} {kind:02x})."
+                f"source.uri: {file.key} is not an IDX file of unsigned bytes (it begins {zero:04x} {kind:02x})."
             )
         return shape, 4 + 4 * dimensions
 
 
-def _open_idx(place: Directory, key: str) -> BinaryIO:
-    stream = place.open(key)
-    return gzip.GzipFile(fileobj=stream) if key.endswith(".gz") else stream  # type: ignore[return-value]
+def _open_idx(file: HashedFile) -> BinaryIO:
+    stream = file.place.open(file.key)
+    return gzip.GzipFile(fileobj=stream) if file.key.endswith(".gz") else stream  # type: ignore[return-value]

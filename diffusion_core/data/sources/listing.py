@@ -18,7 +18,11 @@ _IGNORED = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """One file: its path below the source, its bytes, a stamp that changes with it, and what is wrong with it."""
+    """One file: its path below the source, its bytes, a stamp that changes with it, and what is wrong with it.
+
+    The stamp is the ETag on S3. Of a local file it is the time of its last modification and that of its last change of
+    state, because the former can be set back, as `cp -p` and `rsync` do.
+    """
 
     key: str
     size: int = 0
@@ -45,10 +49,27 @@ def list_files(uri: str) -> tuple[Directory, list[SourceFile]]:
     path = Path(place.uri)
     if path.is_file():
         status = path.stat()
-        return Directory(path.parent), [SourceFile(path.name, status.st_size, str(status.st_mtime_ns))]
+        return Directory(path.parent), [_local_file(path.name, status)]
     if not path.is_dir():
         raise UserError(f"source.uri: {uri} does not exist: give a folder or a file of images.")
     return place, sorted(_walk(path, "", ()), key=lambda file: file.key)
+
+
+def look(place: Directory, key: str) -> SourceFile | None:
+    """A file as it is now; None if it is gone."""
+    if not place.is_local:
+        # As at the first time a listing is asked, because some services give another ETag with the object itself.
+        entry = next(place.list(key), None)
+        return SourceFile(key, entry.size, entry.stamp) if entry and entry.key == key else None
+    try:
+        status = os.stat(place.local_path / key)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return _local_file(key, status) if stat.S_ISREG(status.st_mode) else None
+
+
+def _local_file(key: str, status: os.stat_result) -> SourceFile:
+    return SourceFile(key, status.st_size, f"{status.st_mtime_ns} {status.st_ctime_ns}")
 
 
 def _list_remote(place: Directory) -> tuple[Directory, list[SourceFile]]:
@@ -99,7 +120,7 @@ def _entry(entry: os.DirEntry[str], at: str, above: tuple[tuple[int, int], ...])
     elif _shown(key) != key:
         yield SourceFile(_shown(key), status.st_size, problem="its name is not valid UTF-8")
     else:
-        yield SourceFile(key, status.st_size, str(status.st_mtime_ns))
+        yield _local_file(key, status)
 
 
 def _is_ignored(name: str) -> bool:

@@ -14,6 +14,7 @@ from diffusion_core.config import UserError
 from diffusion_core.data.config import SourceKind
 from diffusion_core.data.sources.arrays import UNREADABLE, ArrayReader, ArraySource, ImageArray, checked_shape
 from diffusion_core.data.sources.base import Scan
+from diffusion_core.data.sources.hashed import HashedFile
 from diffusion_core.data.sources.listing import SourceFile, suffix
 from diffusion_core.patience import StoreUnavailable
 from diffusion_core.storage import Directory
@@ -27,7 +28,7 @@ class NpzReader(ArrayReader):
     @contextmanager
     def _opened(self, array: ImageArray) -> Iterator[IO[bytes]]:
         with ExitStack() as stack:
-            archive = stack.enter_context(zipfile.ZipFile(self.place.open(array.key)))
+            archive = stack.enter_context(zipfile.ZipFile(self.place.open(array.file.key)))
             yield stack.enter_context(archive.open(f"{array.member}.npy"))
 
     def open(self, array: ImageArray) -> BinaryIO:
@@ -45,21 +46,26 @@ class NpzSource(ArraySource):
     def scan(self, digests: dict[str, str]) -> Scan:
         arrays: list[ImageArray] = []
         labels: list[np.ndarray | None] = []
-        for key in (file.key for file in filter(self.needs_hash, self.files)):
+        for file in self.hashed(digests):
             try:
-                with self.place.open(key) as stream, np.load(stream, allow_pickle=False) as archive:
-                    self._add(key, archive, arrays, labels)
+                with (
+                    file.unchanged(),
+                    self.place.open(file.key) as stream,
+                    np.load(stream, allow_pickle=False) as archive,
+                ):
+                    self._add(file, archive, arrays, labels)
             except StoreUnavailable:
                 raise
             except UNREADABLE as error:
-                raise UserError(f"source.uri: {key} is not a readable .npz archive ({error}).") from error
+                raise UserError(f"source.uri: {file.key} is not a readable .npz archive ({error}).") from error
         if not arrays:
             raise UserError(f"source.uri: {self.config.uri} holds no readable .npz archive.")
         return self._scan(NpzReader(self.place, tuple(arrays)), arrays, labels)
 
     def _add(
-        self, key: str, archive: np.lib.npyio.NpzFile, arrays: list[ImageArray], labels: list[np.ndarray | None]
+        self, file: HashedFile, archive: np.lib.npyio.NpzFile, arrays: list[ImageArray], labels: list[np.ndarray | None]
     ) -> None:
+        key = file.key
         pairs = _npz_pairs(archive.files)
         if not pairs:
             raise UserError(
@@ -73,7 +79,7 @@ class NpzSource(ArraySource):
                 raise UserError(f"source.uri: {key} has {shape[0]} {images} and {len(values)} {label}.")
             first = sum(array.shape[0] for array in arrays)
             shape = checked_shape(f"{images} of {key}", shape, size - offset)
-            arrays.append(ImageArray(key, images, shape, offset, first, split))
+            arrays.append(ImageArray(file, images, shape, offset, first, split))
             labels.append(values)
 
     def _header(self, key: str, archive: np.lib.npyio.NpzFile, name: str) -> tuple[tuple[int, ...], int, int]:

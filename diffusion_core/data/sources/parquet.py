@@ -27,6 +27,7 @@ from diffusion_core.data.sources.base import (
     split_in,
     split_named,
 )
+from diffusion_core.data.sources.hashed import HashedFile
 from diffusion_core.data.sources.listing import SourceFile, suffix
 from diffusion_core.data.transforms import RejectedItem
 from diffusion_core.patience import StoreUnavailable
@@ -41,7 +42,7 @@ _CHUNK_BYTES = 128 << 20
 class _File:
     """One Parquet file: its columns, and where its items and row groups begin."""
 
-    key: str
+    hashed: HashedFile
     image: str
     label: str | None
     text: str | None
@@ -50,6 +51,10 @@ class _File:
     first: int  # number of its first item
     group_rows: tuple[int, ...]
     group_bytes: tuple[int, ...]
+
+    @property
+    def key(self) -> str:
+        return self.hashed.key
 
     @property
     def rows(self) -> int:
@@ -89,7 +94,7 @@ class ParquetReader(Reader):
 
     def _read_file(self, file: _File, slots: np.ndarray, rows: np.ndarray) -> Iterator[Item]:
         """`rows` (sorted) of one file."""
-        with self.place.open(file.key) as stream:
+        with file.hashed.unchanged(), self.place.open(file.key) as stream:
             parquet = pq.ParquetFile(stream, page_checksum_verification=True)
             start = 0
             for group, count in enumerate(file.group_rows):
@@ -143,16 +148,16 @@ class ParquetSource(Source):
         labels: list[tuple[list[Any], np.ndarray]] = []
         splits: list[np.ndarray] = []
         first = 0
-        for entry in filter(self.needs_hash, self.files):
+        for hashed in self.hashed(digests):
             try:
-                with self.place.open(entry.key) as stream:
+                with hashed.unchanged(), self.place.open(hashed.key) as stream:
                     parquet = pq.ParquetFile(stream)
-                    file = self._describe(entry.key, parquet, first)
+                    file = self._describe(hashed, parquet, first)
                     columns = self._read_columns(parquet, file)
             except (MemoryError, StoreUnavailable):
                 raise
             except (pa.ArrowException, OSError) as error:
-                rejected.append((entry.key, f"not a readable Parquet file: {error}"))
+                rejected.append((hashed.key, f"not a readable Parquet file: {error}"))
                 continue
             files.append(file)
             labels.append(columns[0])
@@ -208,12 +213,12 @@ class ParquetSource(Source):
             at += len(distinct)
         return np.concatenate(parts), names
 
-    def _describe(self, key: str, parquet: pq.ParquetFile, first: int) -> _File:
-        schema, metadata = parquet.schema_arrow, parquet.metadata
+    def _describe(self, hashed: HashedFile, parquet: pq.ParquetFile, first: int) -> _File:
+        key, schema, metadata = hashed.key, parquet.schema_arrow, parquet.metadata
         label = _column(key, "label", schema, self.config.label_column, LABEL_COLUMNS)
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
         return _File(
-            key=key,
+            hashed=hashed,
             image=self._image_column(key, schema),
             label=None if self.config.labels is LabelSource.NONE else label,
             text=_column(key, "text", schema, self.config.text_column, TEXT_COLUMNS),
