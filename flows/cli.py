@@ -44,8 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _told(error: Exception) -> int:
     from diffusion_core.config import UserError
     from diffusion_core.jobs.backend import JobFailed
+    from diffusion_core.patience import StoreUnavailable
 
-    if isinstance(error, UserError | JobFailed):
+    if isinstance(error, UserError | JobFailed | StoreUnavailable):
         print(error, file=sys.stderr)
         return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
     if callable(

@@ -52,9 +52,14 @@ def _old_jobs(store: str, older_than_s: float) -> Iterator[Candidate]:
     for name in jobs.children():
         match = _JOB_TIME.search(name)
         age = time.time() - timegm(time.strptime(match[1], "%Y%m%d-%H%M%S")) if match else 0
-        ended = any((jobs / name).exists(key) for key in ("result.json", "error.json", "log.txt"))
-        if match and ended and age > older_than_s:
+        if match and age > older_than_s and _has_ended(jobs / name):
             yield _candidate(jobs / name, f"files of a job that ended, {age / 86400:.0f} days old")
+
+
+def _has_ended(job: Directory) -> bool:
+    if any(job.exists(key) for key in ("result.json", "error.json")):
+        return True
+    return job.exists("log.txt") and not job.exists("running.json")  # the log grows while the job runs
 
 
 def _unused_runs(store: str) -> Iterator[Candidate]:

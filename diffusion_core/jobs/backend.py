@@ -1,14 +1,16 @@
 """Where jobs run: as a subprocess of this machine, or through the Jobs API of a Ray cluster.
 
 Both write the request to `<store>/jobs/<job id>/request.json`, start the very same program on it, hand on each line
-that it prints, and read `result.json` at its end. Whatever ends the wait (Ctrl-C, SIGTERM, a cancelled flow) ends the
-job. Nothing here imports Ray before a job is submitted to a cluster.
+that it prints, and read `result.json` at its end. The lines are in `log.txt`, a few seconds late; `running.json` lies
+beside it until the wait is over. Whatever ends the wait (Ctrl-C, SIGTERM, a cancelled flow) ends the job. Nothing here
+imports Ray before a job is submitted to a cluster.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ctypes
+import logging
 import os
 import queue
 import secrets
@@ -19,28 +21,35 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from contextlib import closing, suppress
 from enum import StrEnum
 from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pydantic import Field
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from diffusion_core.config import Config, UserError, execution
-from diffusion_core.jobs.protocol import ERROR, EXIT_USER_ERROR, RESULT
+from diffusion_core.jobs.log import LOG, KeptLog
+from diffusion_core.jobs.protocol import ERROR, EXIT_STORE_AWAY, EXIT_USER_ERROR, RESULT
 from diffusion_core.jobs.requests import Request, Result
+from diffusion_core.patience import StoreUnavailable
 from diffusion_core.progress import ProgressEvent, parse_progress
 from diffusion_core.storage import Directory
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
+    from ray.job_submission import JobDetails, JobSubmissionClient
 
+T = TypeVar("T")
 ResultT = TypeVar("ResultT", bound=Result)
 
-LOG = "log.txt"
-LOG_LINES_KEPT = 5_000
 AGENT_TIMEOUT_S = 60.0
+API_PATIENCE_S = 180.0  # that the Jobs API may be away while a job runs
+POLL_S = 0.5
+SILENCE_S = 60.0  # of a log, after which its connection may be dead
 GRACE_S = 25.0  # less than the 30 seconds after which Prefect kills a cancelled flow
+
+logger = logging.getLogger(__name__)
 
 
 class BackendKind(StrEnum):
@@ -104,6 +113,7 @@ def run_job(
     Raises:
         UserError: the sentence that the job ended with.
         JobFailed: the job broke; running it again continues its work.
+        StoreUnavailable: the store was away for too long, here or in the job; likewise.
     """
     request = request.model_copy(update={"store": Directory(request.store).uri})  # no relative path: jobs run elsewhere
     job_id = f"{stage}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
@@ -112,35 +122,35 @@ def run_job(
     place.write("request.json", request.model_dump_json(indent=2).encode())
     if on_start:
         on_start(job)
-    tail: deque[str] = deque(maxlen=LOG_LINES_KEPT)
     handle = _start(stage, job, backend)
-    try:
-        for line in handle.lines():
-            event = parse_progress(line)
-            if event is None:
-                tail.append(line)
-            if event is not None and on_progress:
-                on_progress(event)
-            elif event is None and on_line:
-                on_line(line)
-        status = handle.exit_status()
-    except BaseException as reason:
-        handle.stop(signal.SIGINT if isinstance(reason, KeyboardInterrupt) else signal.SIGTERM)
-        raise
-    finally:
-        with suppress(UserError):  # the store may be what broke, and the log is only a convenience then
-            place.write(LOG, "\n".join([*tail, ""]).encode())
-    return _outcome(stage, place, status, tail, result_type)
+    with KeptLog(place) as log:
+        try:
+            for line in handle.lines():
+                event = parse_progress(line)
+                if event is None:
+                    log.append(line)
+                if event is not None and on_progress:
+                    on_progress(event)
+                elif event is None and on_line:
+                    on_line(line)
+            status = handle.exit_status()
+        except BaseException as reason:
+            handle.stop(signal.SIGINT if isinstance(reason, KeyboardInterrupt) else signal.SIGTERM)
+            raise
+    return _outcome(stage, place, status, log.lines(), result_type)
 
 
-def _outcome(stage: str, place: Directory, status: int, tail: deque[str], result_type: type[ResultT]) -> ResultT:
+def _outcome(stage: str, place: Directory, status: int, lines: list[str], result_type: type[ResultT]) -> ResultT:
     if status == 0:
         return result_type.model_validate_json(place.read(RESULT))
     if status == EXIT_USER_ERROR:
         with suppress(FileNotFoundError):
             raise UserError(str(place.read_json(ERROR)["error"]))
+    if status == EXIT_STORE_AWAY:  # the job could not write the sentence anywhere else
+        said = [line.removeprefix(f"{stage}: ") for line in lines if line.startswith(f"{stage}: ")]
+        raise StoreUnavailable(said[-1] if said else f"The store of the {stage} job was away for too long.")
     how = f"was killed by signal {-status}" if status < 0 else f"broke with exit status {status}"
-    shown = "\n".join(list(tail)[-25:])
+    shown = "\n".join(lines[-25:])
     raise JobFailed(f"The {stage} job {how}; its log is {place.uri}/{LOG} and ends with:\n{shown}")
 
 
@@ -221,7 +231,7 @@ class ClusterJob:
                     runtime_env={"env_vars": {"PYTHONUNBUFFERED": "1"}},
                 )
                 return
-            except RuntimeError as error:
+            except (RuntimeError, OSError) as error:
                 if "No available agent" not in str(error) or time.monotonic() > deadline:
                     raise JobFailed(f"The Ray Jobs API did not take the job {self._id}: {error}") from error
             time.sleep(1.0)
@@ -232,36 +242,86 @@ class ClusterJob:
         rest = ""
         while (chunk := chunks.get()) is not None:
             if isinstance(chunk, BaseException):
-                raise JobFailed(f"The log of {self._id} broke off: {chunk}") from chunk
+                raise chunk
             *whole, rest = (rest + chunk).split("\n")
             yield from whole
         if rest:
             yield rest
 
     def _follow(self, chunks: queue.Queue[str | BaseException | None]) -> None:
-        async def follow() -> None:
-            async for chunk in self._client.tail_job_logs(self._id):
-                chunks.put(chunk)
+        """Hand on the whole log. A connection that breaks says nothing about the job: it is made again."""
+        handed_on, last = 0, False
+        while True:
+            whole, at = True, 0
+            try:
+                with closing(_each(self._client.tail_job_logs(self._id))) as log:
+                    for chunk in log:  # each connection begins with the first line
+                        at += len(chunk)
+                        if at > handed_on:
+                            chunks.put(chunk[handed_on - at :])
+                            handed_on = at
+            except Exception as error:
+                logger.info("The connection to the log of %s broke: %s", self._id, error)
+                whole = False
+            try:
+                ended = self._info().status.is_terminal()
+            except Exception as error:  # handed to the thread that waits for the lines
+                chunks.put(error)
+                return
+            if ended and (whole or last):
+                chunks.put(None)
+                return
+            last = ended  # what it printed at its end may still be missing
+            time.sleep(POLL_S)
 
+    def _info(self, patience_s: float | None = None) -> JobDetails:
+        """What the Jobs API knows of the job; `JobFailed` if it does not know it, or stays away for minutes."""
         try:
-            asyncio.run(follow())
-            chunks.put(None)
-        except Exception as error:  # handed to the thread that waits for the lines
-            chunks.put(error)
+            return _asked(lambda: self._client.get_job_info(self._id), patience_s or API_PATIENCE_S)
+        except (OSError, RuntimeError) as error:
+            raise JobFailed(f"The Ray Jobs API at {jobs_address()} gives no news of {self._id}: {error}") from error
 
     def exit_status(self) -> int:
-        while not (info := self._client.get_job_info(self._id)).status.is_terminal():
-            time.sleep(0.5)
+        while not (info := self._info()).status.is_terminal():
+            time.sleep(POLL_S)
         if info.status == "SUCCEEDED":
             return 0
         return info.driver_exit_code if info.driver_exit_code is not None else 1
 
     def stop(self, signum: int) -> None:
         """Stop the job with its actors; Ray sends SIGTERM and, after its own grace, SIGKILL."""
-        self._client.stop_job(self._id)
         deadline = time.monotonic() + GRACE_S
-        while time.monotonic() < deadline and not self._client.get_job_status(self._id).is_terminal():
-            time.sleep(0.5)
+        try:
+            _asked(lambda: self._client.stop_job(self._id), GRACE_S)
+            while time.monotonic() < deadline and not self._info(GRACE_S).status.is_terminal():
+                time.sleep(POLL_S)
+        except (OSError, RuntimeError, JobFailed) as error:  # must not hide why the job is stopped
+            logger.warning("The job %s could not be stopped and may go on: %s", self._id, error)
+
+
+def _asked(ask: Callable[[], T], patience_s: float) -> T:
+    """The answer of the Jobs API, asked again while it is away; the last error if that takes too long."""
+    retrying = Retrying(
+        retry=retry_if_exception(_is_away),
+        stop=stop_after_delay(patience_s),
+        wait=wait_random_exponential(multiplier=POLL_S, max=10),
+        reraise=True,
+    )
+    return retrying(ask)
+
+
+def _is_away(error: BaseException) -> bool:
+    return isinstance(error, OSError) or (isinstance(error, RuntimeError) and "status code 5" in str(error))
+
+
+def _each(chunks: AsyncIterator[str]) -> Generator[str]:
+    """What an asynchronous iterator yields; `TimeoutError` if it is silent for long."""
+    with asyncio.Runner() as runner:
+        while True:
+            try:
+                yield runner.run(asyncio.wait_for(anext(chunks), SILENCE_S))
+            except StopAsyncIteration:
+                return
 
 
 def jobs_address() -> str | None:
@@ -278,8 +338,10 @@ def _jobs_client() -> JobSubmissionClient:
 
     try:
         return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
-        raise UserError(f"The Ray Jobs API at {address} (RAY_API_SERVER_ADDRESS) does not answer: {error}") from error
+    except OSError as error:  # that the address is right was seen before the flow began
+        raise JobFailed(f"The Ray Jobs API at {address} (RAY_API_SERVER_ADDRESS) does not answer: {error}") from error
+    except RuntimeError as error:
+        raise UserError(f"The Ray Jobs API at {address} (RAY_API_SERVER_ADDRESS) cannot be used: {error}") from error
 
 
 def _die_with_parent() -> None:

@@ -6,6 +6,7 @@ The same entry serves every backend: `python -m diffusion_core.jobs.<stage> <req
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -14,30 +15,60 @@ from pydantic import ValidationError
 
 from diffusion_core.config import UserError, explain
 from diffusion_core.jobs.requests import Request, Result
+from diffusion_core.patience import StoreUnavailable
 from diffusion_core.storage import Directory
 
 RequestT = TypeVar("RequestT", bound=Request)
 
-EXIT_USER_ERROR = 2
+EXIT_USER_ERROR, EXIT_STORE_AWAY = 2, 75  # 75 is EX_TEMPFAIL of sysexits.h
 RESULT, ERROR = "result.json", "error.json"
+_SIGNALS = {
+    signal.SIGTERM: signal.SIGTERM,
+    128 + signal.SIGTERM: signal.SIGTERM,
+    128 + signal.SIGINT: signal.SIGINT,
+}  # by what a job leaves with after a signal
 
 
 def main(stage: str, request_type: type[RequestT], run: Callable[[RequestT], Result]) -> int:
-    """Run one job from the command line. Exit status: 0, 2 if the user can mend it; a defect ends in its traceback."""
+    """Run one job from the command line.
+
+    Exit status: 0, 2 if the user can mend it, 75 if the store was away for too long, 130 after SIGINT, 143 after
+    SIGTERM, each with one sentence; a defect ends in its traceback.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
     if len(sys.argv) != 2:
         print(f"usage: python -m diffusion_core.jobs.{stage} <request URI>", file=sys.stderr)
         return EXIT_USER_ERROR
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as Ray's own handler, which replaces it
+    try:
+        return _attempt(stage, request_type, run)
+    except StoreUnavailable as error:
+        print(f"{stage}: {error}", file=sys.stderr)
+        return EXIT_STORE_AWAY
+    except KeyboardInterrupt:
+        return _stopped(stage, signal.SIGINT)
+    except SystemExit as leaving:
+        if leaving.code not in _SIGNALS:
+            raise
+        return _stopped(stage, _SIGNALS[leaving.code])
+
+
+def _attempt(stage: str, request_type: type[RequestT], run: Callable[[RequestT], Result]) -> int:
     parent, _, name = sys.argv[1].rpartition("/")
     place = Directory(parent or ".")
     try:
         result = run(_read_request(place, name, request_type))
     except UserError as error:
-        place.write_json(ERROR, {"error": str(error)})
         print(f"{stage}: {error}", file=sys.stderr)
+        place.write_json(ERROR, {"error": str(error)})
         return EXIT_USER_ERROR
     place.write_json(RESULT, result.model_dump(mode="json"))
     return 0
+
+
+def _stopped(stage: str, number: signal.Signals) -> int:
+    print(f"{stage}: stopped by {number.name}; the same request continues the work.", file=sys.stderr)
+    return 128 + number
 
 
 def _read_request(place: Directory, name: str, request_type: type[RequestT]) -> RequestT:

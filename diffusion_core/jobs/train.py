@@ -21,9 +21,11 @@ from typing import Any
 
 from diffusion_core.config import UserError
 from diffusion_core.jobs.protocol import main
+from diffusion_core.jobs.record import record_afterwards, recorded_mlflow_run
 from diffusion_core.jobs.requests import Resources, TrainRequest, TrainResult
-from diffusion_core.jobs.train_worker import PROGRESS, recorded_error, recorded_mlflow_run, stop_key, work
+from diffusion_core.jobs.train_worker import PROGRESS, recorded_error, stop_key, work
 from diffusion_core.lease import FAILED, Held, Lease, claim
+from diffusion_core.patience import StoreUnavailable, patience
 from diffusion_core.progress import Progress
 from diffusion_core.training.run import INTERRUPTED, RunDirectory, TrainOutcome, TrainSpec, open_run
 
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 20.0  # after the first signal, for the step under way and its checkpoint
 _POLL_S = 0.5
+_LOOK_PATIENCE_S = 5.0  # seconds for which the main thread may be deaf to signals
 _START_TRIES = 2  # of the worker group, each with an equal share of resources.start_timeout_s
 _RAY_TRAIN = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
@@ -71,7 +74,7 @@ def run(request: TrainRequest) -> TrainResult:
         images_seen=outcome.images_seen,
         loss=outcome.loss,
         images_per_second=outcome.images_per_second,
-        mlflow_run_id=outcome.mlflow_run_id,
+        mlflow_run_id=outcome.mlflow_run_id or record_afterwards(request.store, place, request.experiment),
     )
 
 
@@ -142,15 +145,22 @@ def _follow(fit: _Fit, place: RunDirectory, lease: Lease, show: _Relay) -> None:
             show()
             if received and not asked_at:
                 logger.warning("Stopping after the next checkpoint; once more, or %g s, to stop now.", STOP_GRACE_S)
-                place.attempts.create_json(stop_key(lease.number), {"signal": received[0]})
                 asked_at = time.monotonic()
+                _ask_to_stop(place, lease, received[0])
             if len(received) > 1 or (asked_at and time.monotonic() - asked_at > STOP_GRACE_S):
                 break
         show()
     if received:
         lease.end(FAILED)
-        logger.warning("Stopped; the same request continues from the newest checkpoint.")
         raise SystemExit(128 + received[0])
+
+
+def _ask_to_stop(place: RunDirectory, lease: Lease, signum: int) -> None:
+    try:
+        with patience(_LOOK_PATIENCE_S):
+            place.attempts.create_json(stop_key(lease.number), {"signal": signum})
+    except StoreUnavailable as error:
+        logger.warning("The workers cannot be asked for a checkpoint: %s", error)
 
 
 def _outcome(fit: _Fit, place: RunDirectory, lease: Lease, resources: Resources) -> TrainOutcome:
@@ -226,8 +236,9 @@ class _Relay:
 
     def __call__(self) -> None:
         try:
-            told = self._place.directory.read_json(PROGRESS)
-        except FileNotFoundError:
+            with patience(_LOOK_PATIENCE_S):
+                told = self._place.directory.read_json(PROGRESS)
+        except (FileNotFoundError, StoreUnavailable):  # the workers may do without the store for longer
             return
         if told["attempt"] == self._attempt and told != self._shown:
             self._shown = told

@@ -17,8 +17,10 @@ from diffusion_core.config import UserError
 from diffusion_core.jobs import backend
 from diffusion_core.jobs.backend import BackendConfig, BackendKind, JobFailed, LocalJob, run_job
 from diffusion_core.jobs.requests import GenerateRequest, GenerateResult
+from diffusion_core.patience import StoreUnavailable
 from diffusion_core.progress import ProgressEvent
 from diffusion_core.storage import Directory
+from flows import prune
 
 REQUEST = {"model": "models:/digits@champion"}
 RESULT = GenerateResult(
@@ -111,6 +113,61 @@ def test_a_broken_job_shows_the_end_of_its_log_and_where_it_is(run_program, stor
         run_program("raise RuntimeError('out of cheese')")
     assert "out of cheese" in str(failure.value)
     assert store in str(failure.value) and "log.txt" in str(failure.value)
+
+
+def test_a_store_that_was_away_for_the_job_is_one_sentence_and_no_mistake_of_the_user(run_program):
+    with pytest.raises(StoreUnavailable, match=r"^The store s3://b cannot be reached: x answered 503\.$"):
+        run_program(
+            """
+            import sys
+            from diffusion_core.jobs import protocol
+            from diffusion_core.jobs.requests import GenerateRequest
+            from diffusion_core.patience import StoreUnavailable
+            def run(request):
+                print("generate: hello", flush=True)
+                raise StoreUnavailable("The store s3://b cannot be reached: x answered 503.")
+            sys.exit(protocol.main("generate", GenerateRequest, run))
+            """
+        )
+
+
+def test_the_log_is_in_the_store_while_the_job_runs(run_program, store: str, monkeypatch: pytest.MonkeyPatch):
+    """So a killed machine leaves it; and who clears up can tell the job from one that has ended."""
+    monkeypatch.setattr("diffusion_core.jobs.log.EVERY_S", 0.05)
+    seen: list[bool] = []
+
+    def look(line: str) -> None:
+        (name,) = (Directory(store) / "jobs").children()
+        job = Directory(f"{store}/jobs/{name}")
+        wait_until(lambda: job.exists("log.txt") and f"{line}\n".encode() in job.read("log.txt"))
+        seen.append(job.exists("running.json") and not list(prune.candidates(store, -1, unused=False)))
+
+    with pytest.raises(JobFailed):
+        run_program("import sys; print('one', flush=True); print('two', flush=True); sys.exit(3)", on_line=look)
+    assert seen == [True, True]
+    (ended,) = prune.candidates(store, -1, unused=False)
+    assert not Directory(ended.uri).exists("running.json")
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_bare_job_with_one_sentence(tmp_path: Path, signum: int, status: int):
+    job = """
+        import sys, time
+        from diffusion_core.jobs import protocol
+        from diffusion_core.jobs.requests import GenerateRequest
+        def run(request):
+            print("running", flush=True)
+            time.sleep(60)
+        sys.exit(protocol.main("generate", GenerateRequest, run))
+    """
+    (tmp_path / "request.json").write_text(GenerateRequest(store=str(tmp_path), **REQUEST).model_dump_json())
+    command = [*program(job), str(tmp_path / "request.json")]
+    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == "running\n"
+    process.send_signal(signum)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == status
+    assert said == f"generate: stopped by {signal.Signals(signum).name}; the same request continues the work.\n"
 
 
 def test_a_killed_job_is_not_a_users_mistake(run_program):

@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+from diffusion_core.patience import StoreUnavailable
+from flows import cli
+
 HEAVY = ("torch", "ray", "prefect", "mlflow", "pandas", "pyarrow", "numpy", "pydantic", "boto3", "sklearn")
 VERBS = ["demo", "shard", "train", "evaluate", "register", "generate", "pipeline", "config", "stack", "list"]
 SHORT_VERBS = ["promote", "rollback", "lineage", "reproduce", "verify", "prune"]
@@ -63,3 +66,12 @@ def test_ctrl_c_ends_with_a_sentence_and_its_own_status(monkeypatch, capsys, tmp
     monkeypatch.setitem(listing.KINDS, "runs", interrupted)
     assert cli.main(["list", "runs", "--store", str(tmp_path)]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "Interrupted; the same command continues the work."
+
+
+def test_a_store_that_is_away_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def away(**_: object) -> None:
+        raise StoreUnavailable("The store s3://b cannot be reached: http://x answered 503.")
+
+    monkeypatch.setattr(cli, "app", away)
+    assert cli.main(["list", "runs"]) == 1
+    assert capsys.readouterr().err == "The store s3://b cannot be reached: http://x answered 503.\n"
