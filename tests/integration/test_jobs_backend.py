@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -30,18 +31,25 @@ JOBS = BackendConfig(kind=BackendKind.jobs)
 @pytest.fixture(scope="module")
 def jobs_api() -> Iterator[None]:
     """A cluster with a Jobs API, which RAY_API_SERVER_ADDRESS names."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port, agent_port = _free_ports(2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")  # jobs start `python`
         options = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
+        options |= {"dashboard_agent_listen_port": agent_port}  # another cluster of this machine may have the usual one
         cluster = start_ray([{"num_cpus": 2, **options}])
         patch.setenv("RAY_API_SERVER_ADDRESS", f"http://127.0.0.1:{port}")
         try:
             yield
         finally:
             cluster.shutdown()
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
 
 
 def shard_request(store: str) -> ShardRequest:
