@@ -82,10 +82,6 @@ def register_request(
     config: PipelineConfig, found: FoundBundle, name: str | None, dataset_ref: str | None
 ) -> RegisterRequest:
     """The request that registers a bundle, under the name of its dataset unless another is given."""
-    if found.config.mlflow_run_id is None:
-        raise UserError(
-            f"The bundle {found.uri} names no MLflow run, so it was not made by a training job of this store."
-        )
     return RegisterRequest(
         store=config.store,
         resources=config.resources.evaluate,

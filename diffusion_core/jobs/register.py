@@ -18,6 +18,7 @@ from diffusion_core.evaluation.config import EvaluationConfig, GateConfig
 from diffusion_core.evaluation.identity import distance_name
 from diffusion_core.jobs.evaluate import Evaluation, check_comparable, evaluate, samples_of
 from diffusion_core.jobs.protocol import main
+from diffusion_core.jobs.record import mlflow_run_of
 from diffusion_core.jobs.requests import RegisterRequest, RegisterResult
 from diffusion_core.lease import Lease, acquire
 from diffusion_core.storage import Directory
@@ -72,9 +73,8 @@ def _register(request: RegisterRequest) -> tuple[int, bool]:
         guidance_scale=evaluation.guidance.scale,
         batch_size=evaluation.batch_size,
     )
-    version, created = register_version(
-        request.store, request.model, request.bundle_uri, request.mlflow_run_id, defaults
-    )
+    mlflow_run_id = request.mlflow_run_id or mlflow_run_of(request.store, request.bundle_uri, request.model)
+    version, created = register_version(request.store, request.model, request.bundle_uri, mlflow_run_id, defaults)
     set_alias(request.store, request.model, CANDIDATE, version)
     return version, created
 

@@ -93,7 +93,7 @@ class RegisterRequest(Request):
     dataset_uri: str
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig = GateConfig()
-    mlflow_run_id: str
+    mlflow_run_id: str | None = execution(None, description="MLflow run that trained the bundle; default: its own.")
 
 
 class RegisterResult(Result):

@@ -14,6 +14,7 @@ import threading
 from typing import Any
 
 from diffusion_core.config import UserError
+from diffusion_core.jobs.record import open_recorder
 from diffusion_core.patience import patience
 from diffusion_core.storage import Directory
 from diffusion_core.training.run import INTERRUPTED, RunDirectory, TrainSpec
@@ -93,36 +94,6 @@ def _whereabouts(device: Any) -> dict[str, Any]:
     }
 
 
-def open_recorder(store: str, run: RunDirectory, spec: TrainSpec, experiment: str) -> Any:
-    """The MLflow record of the run, made once and continued by every later attempt."""
-    from diffusion_core.tracking import RunRecorder
-
-    description = run.directory.read_json("run.json")
-    dataset = description["dataset"]
-    tags = {
-        "run_id": run.run_id,
-        "run_uri": run.directory.uri,
-        "dataset": dataset["name"],
-        "dataset_version": dataset["version"],
-        "dataset_uri": dataset["uri"],
-        "code_version": description["code_version"],
-    }
-    params = {**spec.model_dump(mode="json"), "dataset_version": dataset["version"]}
-    known = recorded_mlflow_run(run)
-    recorder = RunRecorder(store, experiment, f"{dataset['name']}-{run.run_id}", params, tags, known)
-    if known is None and not run.directory.create_json("mlflow.json", {"mlflow_run_id": recorder.mlflow_run_id}):
-        recorder = RunRecorder(store, experiment, run.run_id, mlflow_run_id=recorded_mlflow_run(run))
-    return recorder
-
-
-def recorded_mlflow_run(run: RunDirectory) -> str | None:
-    """The MLflow run that records this run; None before the first attempt came that far."""
-    try:
-        return str(run.directory.read_json("mlflow.json")["mlflow_run_id"])
-    except FileNotFoundError:
-        return None
-
-
 class Watch:
     """The leader's ear and voice: a thread that writes the progress and looks whether to stop, once a second.
 
@@ -159,7 +130,7 @@ class Watch:
             try:
                 with patience(_LOOK_PATIENCE_S):
                     self._tell()
-                    self._reason = self._reason or self._why_stop()
+                    self._reason = self._why_stop() or self._reason  # a run that is asked to stop can still be lost
             except Exception:  # a store that is away for a moment must not end the training
                 logger.warning("The run's directory %s cannot be reached.", self._run.directory.uri, exc_info=True)
             if closing:

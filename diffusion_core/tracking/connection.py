@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+
+class Unreachable(UserError):
+    """The MLflow server does not answer; it may later."""
+
+
 _SQLITE = "sqlite:///"
 _REACH_TIMEOUT_S = 3
 
@@ -135,7 +140,7 @@ def _check_server(uri: str) -> None:
             ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
-        raise UserError(f"The MLflow server {shown} (MLFLOW_TRACKING_URI) cannot be reached: {reason}.") from None
+        raise Unreachable(f"The MLflow server {shown} (MLFLOW_TRACKING_URI) cannot be reached: {reason}.") from None
 
 
 def _quieten() -> None:

@@ -246,6 +246,7 @@ class _Loop:
                 "images_per_second": position.images_per_second,
                 "world_size": self.world.size,
                 "code_version": code_version(),
+                "unrecorded": self._recorder.unrecorded(),
             }
             save_checkpoint(self.run.checkpoints, Checkpoint(position.images_seen, self.learner.state(), meta))
             prune_checkpoints(self.run.checkpoints, self.config.keep_checkpoints, position.images_seen)
@@ -266,6 +267,8 @@ class _Loop:
             meta: dict[str, Any] = checkpoint.meta
             mine = Position(checkpoint.images_seen, meta["seconds"], meta["loss"], meta["images_per_second"])
             logger.info("Continuing at %s images.", f"{checkpoint.images_seen:,}")
+            for images_seen, figures in meta.get("unrecorded", []):
+                self._recorder.log(images_seen, figures)
         seen, seconds, loss, speed = self.world.from_leader(
             [mine.images_seen, mine.seconds, mine.loss, mine.images_per_second]
         )

@@ -22,8 +22,14 @@ class Recorder(Protocol):
     def image(self, name: str, png: bytes) -> None:
         """Keep a picture."""
 
+    def unrecorded(self) -> list[tuple[int, dict[str, float]]]:
+        """Steps and figures that are told but not kept yet: they go with a checkpoint and are told again after it."""
+
     def finish(self, status: str = "FINISHED") -> None:
         """The run ended: FINISHED, FAILED or KILLED."""
+
+
+_FIGURES, _PICTURES = "metrics.jsonl", "previews/"
 
 
 class FileRecorder:
@@ -33,10 +39,7 @@ class FileRecorder:
 
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
-        try:
-            self._lines = directory.read("metrics.jsonl").decode().splitlines()
-        except FileNotFoundError:
-            self._lines = []
+        self._lines = _lines(directory)
         self._last_step = json.loads(self._lines[-1])["images_seen"] if self._lines else -1
 
     def log(self, images_seen: int, metrics: Mapping[str, float]) -> None:
@@ -45,10 +48,32 @@ class FileRecorder:
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         self._lines.append(json.dumps({"images_seen": images_seen, "time": round(time.time(), 3), **finite}))
         self._last_step = images_seen
-        self._directory.write("metrics.jsonl", ("\n".join(self._lines) + "\n").encode())
+        self._directory.write(_FIGURES, ("\n".join(self._lines) + "\n").encode())
 
     def image(self, name: str, png: bytes) -> None:
-        self._directory.write(f"previews/{name}.png", png)
+        self._directory.write(f"{_PICTURES}{name}.png", png)
+
+    def unrecorded(self) -> list[tuple[int, dict[str, float]]]:
+        return []
 
     def finish(self, status: str = "FINISHED") -> None:
         """Nothing to do: every line is already there."""
+
+
+def kept_figures(directory: Directory) -> list[tuple[int, dict[str, float]]]:
+    """Images seen and figures of every step that a `FileRecorder` kept in a run's directory."""
+    steps = [json.loads(line) for line in _lines(directory)]
+    aside = ("images_seen", "time")
+    return [(step["images_seen"], {name: step[name] for name in step if name not in aside}) for step in steps]
+
+
+def kept_pictures(directory: Directory) -> dict[str, bytes]:
+    """The pictures that a `FileRecorder` kept, by name."""
+    return {entry.key.removeprefix(_PICTURES): directory.read(entry.key) for entry in directory.list(_PICTURES)}
+
+
+def _lines(directory: Directory) -> list[str]:
+    try:
+        return directory.read(_FIGURES).decode().splitlines()
+    except FileNotFoundError:
+        return []

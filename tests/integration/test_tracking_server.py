@@ -54,6 +54,7 @@ def test_runs_and_models_live_on_a_server(server, store, tmp_path, monkeypatch):
     first = tracking.RunRecorder(store, "toys", "run", {"network": {"width": 8}})
     first.log(10, {"loss": 1.0})
     first.image("preview", b"png")
+    assert first.settle(60) == []
     again = tracking.RunRecorder(store, "toys", "run", {}, {}, first.mlflow_run_id)
     assert again.last_step == 10
     again.finish()

@@ -16,7 +16,7 @@ import pytest
 from diffusion_core import tracking
 from diffusion_core.bundle import bundle_digest
 from diffusion_core.config import UserError
-from diffusion_core.tracking import connection
+from diffusion_core.tracking import connection, runs
 from diffusion_core.tracking.registry import ServingDefaults
 from tests.tiny_bundle import tiny_bundle
 
@@ -48,10 +48,12 @@ def test_steps_already_recorded_are_skipped_when_a_run_is_continued(store):
     first = recorder(store)
     first.log(100, {"loss": 1.0})
     first.log(200, {"loss": 0.5})
+    assert first.settle(30) == []
     again = recorder(store, mlflow_run_id=first.mlflow_run_id)
     assert (again.mlflow_run_id, again.last_step) == (first.mlflow_run_id, 200)
     for step, loss in [(100, 9.0), (200, 9.0), (300, 0.25), (300, 9.0), (250, 9.0)]:
         again.log(step, {"loss": loss})
+    assert again.settle(30) == []
     assert history(store, first.mlflow_run_id, "loss") == [(100, 1.0), (200, 0.5), (300, 0.25)]
 
 
@@ -59,7 +61,7 @@ def test_a_killed_process_leaves_a_run_that_continues_without_duplicates(store, 
     code = (
         "import os, sys; from diffusion_core.tracking import RunRecorder;"
         f"r = RunRecorder({store!r}, 'tests', 'killed'); r.log(10, {{'loss': 1}}); r.log(20, {{'loss': 2}});"
-        "print(r.mlflow_run_id, flush=True); os._exit(9)"
+        "assert not r.settle(30); print(r.mlflow_run_id, flush=True); os._exit(9)"
     )
     run_id = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
     again = recorder(store, mlflow_run_id=run_id)
@@ -91,32 +93,90 @@ def test_pictures_are_kept_with_the_run_below_the_store(store):
     run = recorder(store)
     run.image("preview", b"old")
     run.image("preview.png", b"new")
+    assert run.settle(30) == []
     info = connection.client(store).get_run(run.mlflow_run_id).info
     folder = Path(info.artifact_uri.removeprefix("file://"))
     assert folder.is_relative_to(f"{store}/mlartifacts") and (folder / "images/preview.png").read_bytes() == b"new"
 
 
-def test_figures_that_mlflow_does_not_take_now_are_written_later(store, monkeypatch, caplog):
-    from mlflow.exceptions import MlflowException
+class Away:
+    """An MLflow that is away while `is_away`, and refuses figures of the steps in `refused`."""
 
-    run = recorder(store)
-    real = run._client.log_batch
-    away = True
+    def __init__(self, monkeypatch):
+        from mlflow import MlflowClient
 
-    def log_batch(*args, **kwargs):
-        if away:
+        self.is_away, self.refused = True, ()
+        for name in ("get_run", "log_batch", "log_artifact", "set_terminated"):
+            real = getattr(MlflowClient, name)
+            monkeypatch.setattr(MlflowClient, name, lambda *args, real=real, **kw: self._call(real, *args, **kw))
+
+    def _call(self, real, *args, **options):
+        from mlflow.exceptions import MlflowException
+        from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+
+        if self.is_away:
             raise MlflowException("the server https://u:secret@host is away")
-        return real(*args, **kwargs)
+        if any(metric.step in self.refused for metric in options.get("metrics", ())):
+            raise MlflowException("not these", error_code=INVALID_PARAMETER_VALUE)
+        return real(*args, **options)
 
-    monkeypatch.setattr(run._client, "log_batch", log_batch)
+
+def tell_two_steps(run):
     run.log(1, {"loss": 1})
     run.log(2, {"loss": 2})
+    run.image("preview", b"png")
+
+
+def test_what_mlflow_does_not_take_now_is_recorded_when_it_is_back(store, monkeypatch, caplog):
+    run = recorder(store)
+    away = Away(monkeypatch)
+    tell_two_steps(run)
+    assert run.unrecorded() == [(1, {"loss": 1}), (2, {"loss": 2})]
+    assert run.settle(0.1) == ["the figures at 1 images", "the figures at 2 images", "the picture preview.png"]
     assert "kept for later" in caplog.text and "secret" not in caplog.text
-    with pytest.raises(MlflowException):
-        run.finish()
-    away = False
+    away.is_away = False
     run.finish()
-    assert history(store, run.mlflow_run_id, "loss") == [(1, 1), (2, 2)]
+    assert run.unrecorded() == [] and history(store, run.mlflow_run_id, "loss") == [(1, 1), (2, 2)]
+    mlflow = connection.client(store)
+    assert mlflow.get_run(run.mlflow_run_id).info.status == "FINISHED"
+    assert [file.path for file in mlflow.list_artifacts(run.mlflow_run_id, "images")] == ["images/preview.png"]
+
+
+def test_an_mlflow_that_stays_away_costs_a_warning_that_names_what_is_lost(store, monkeypatch, caplog):
+    run = recorder(store)
+    Away(monkeypatch)
+    monkeypatch.setitem(runs._PATIENCE_S, "FINISHED", 0.2)
+    tell_two_steps(run)
+    run.finish()
+    assert (
+        f"will not show of the run {run.mlflow_run_id}: the figures at 1 images, the figures at 2 images, "
+        "that it is FINISHED, the picture preview.png."
+    ) in caplog.text
+
+
+def test_a_run_continues_while_mlflow_is_away(store, monkeypatch):
+    first = recorder(store)
+    first.log(1, {"loss": 1})
+    first.finish()
+    away = Away(monkeypatch)
+    again = recorder(store, mlflow_run_id=first.mlflow_run_id, params={"late": 1})
+    again.log(1, {"loss": 9})
+    again.log(2, {"loss": 2})
+    away.is_away = False
+    again.finish()
+    assert history(store, first.mlflow_run_id, "loss") == [(1, 1), (2, 2)]
+    run = connection.client(store).get_run(first.mlflow_run_id)
+    assert run.data.params["late"] == "1" and run.info.status == "FINISHED"
+
+
+def test_figures_that_mlflow_refuses_do_not_stop_the_rest(store, monkeypatch, caplog):
+    run = recorder(store)
+    away = Away(monkeypatch)
+    away.is_away, away.refused = False, (1,)
+    tell_two_steps(run)
+    run.finish()
+    assert history(store, run.mlflow_run_id, "loss") == [(2, 2)]
+    assert "MLflow refuses the figures at 1 images" in caplog.text
 
 
 def test_evaluation_figures_are_attached_once(store):
@@ -136,7 +196,9 @@ def test_an_unknown_run_and_a_deleted_experiment_give_one_sentence(store):
 
 
 def _record_once(store):
-    tracking.RunRecorder(store, "race", f"{os.getpid()}").log(1, {"loss": 1})
+    run = tracking.RunRecorder(store, "race", f"{os.getpid()}")
+    run.log(1, {"loss": 1})
+    assert run.settle(30) == []
 
 
 def test_processes_that_start_at_once_on_a_new_store_share_one_complete_database(tmp_path):

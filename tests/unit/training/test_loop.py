@@ -157,6 +157,37 @@ def test_a_damaged_checkpoint_costs_only_the_way_back(store, dataset, straight):
     assert_same_weights(run, straight[0])
 
 
+class ForgetfulRecorder:
+    """Its service is away: what it is told is lost with the process, unless the run tells it again."""
+
+    mlflow_run_id = ""
+
+    def __init__(self):
+        self.told = {}
+
+    def log(self, images_seen, metrics):
+        self.told.setdefault(images_seen, dict(metrics))
+
+    def image(self, name, png):
+        pass
+
+    def unrecorded(self):
+        return list(self.told.items())
+
+    def finish(self, status="FINISHED"):
+        pass
+
+
+def test_figures_that_were_not_recorded_yet_survive_a_crash_with_the_checkpoint(store, dataset):
+    spec = toy_spec(dataset)
+    first, second = ForgetfulRecorder(), ForgetfulRecorder()
+    with pytest.raises(CrashError):
+        train(spec, open_run(store, spec), recorder=first, should_stop=crash_after(13))
+    train(spec, open_run(store, spec), recorder=second)
+    assert sorted(second.told) == [40, 50, 80, 100, 120, 150, 160, 200]
+    assert all(second.told[seen] == first.told[seen] for seen in (40, 50, 80, 100)), "the very same figures"
+
+
 def test_an_interrupted_run_keeps_what_it_has(store, dataset, straight):
     spec = toy_spec(dataset)
     run = open_run(store, spec)

@@ -1,0 +1,99 @@
+"""The MLflow record of a training run: made once, continued by every attempt, or made afterwards from what was kept."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from diffusion_core.bundle import read_bundle_config
+from diffusion_core.config import UserError
+from diffusion_core.storage import Directory
+from diffusion_core.training.recorder import kept_figures, kept_pictures
+from diffusion_core.training.run import RunDirectory, TrainSpec
+
+if TYPE_CHECKING:
+    from diffusion_core.tracking import RunRecorder
+
+_RECORD = "mlflow.json"
+_PATIENCE_S = 600.0  # for the figures of a whole run at once
+
+
+def recorded_mlflow_run(run: RunDirectory) -> str | None:
+    """The MLflow run that records this run; None before the first attempt came that far."""
+    try:
+        return str(run.directory.read_json(_RECORD)["mlflow_run_id"])
+    except FileNotFoundError:
+        return None
+
+
+def open_recorder(store: str, run: RunDirectory, spec: TrainSpec, experiment: str) -> RunRecorder:
+    """The record of a run that is trained on, with the figures that an attempt without MLflow kept."""
+    known = recorded_mlflow_run(run)
+    recorder = _recorder(store, run, spec, experiment, known)
+    if known is None and not _commit(run, recorder):
+        recorder = _recorder(store, run, spec, experiment, recorded_mlflow_run(run))
+    for images_seen, figures in kept_figures(run.directory):
+        recorder.log(images_seen, figures)
+    return recorder
+
+
+def record_afterwards(store: str, run: RunDirectory, experiment: str) -> str:
+    """Id of the MLflow run of a finished run; one that was trained without MLflow gets it now.
+
+    Raises:
+        UserError: MLflow is away.
+    """
+    if known := recorded_mlflow_run(run):
+        return known
+    spec = TrainSpec.model_validate(run.directory.read_json("run.json")["spec"])
+    recorder = _recorder(store, run, spec, experiment)
+    for images_seen, figures in kept_figures(run.directory):
+        recorder.log(images_seen, figures)
+    for name, png in kept_pictures(run.directory).items():
+        recorder.image(name, png)
+    recorder.settle(_PATIENCE_S)
+    recorder.finish()
+    if left := recorder.settle(0):
+        raise UserError(f"MLflow did not take {left[0]} of the run {run.run_id}: try again when it is back.")
+    _commit(run, recorder)
+    return str(recorded_mlflow_run(run))
+
+
+def mlflow_run_of(store: str, bundle_uri: str, experiment: str) -> str:
+    """Id of the MLflow run that trained a bundle, as the bundle says or as `record_afterwards` makes it.
+
+    Raises:
+        UserError: the bundle names no MLflow run, and its run is not in this store.
+    """
+    config = read_bundle_config(bundle_uri)
+    if config.mlflow_run_id is not None:
+        return config.mlflow_run_id
+    run = RunDirectory(Directory(store) / f"runs/{config.run_id}")
+    if not run.directory.exists("run.json"):
+        raise UserError(
+            f"The bundle {bundle_uri} names no MLflow run, and its run {config.run_id}, from which one could be made, "
+            f"is not in the store {store}: give the store that it was trained in."
+        )
+    return record_afterwards(store, run, experiment)
+
+
+def _recorder(
+    store: str, run: RunDirectory, spec: TrainSpec, experiment: str, mlflow_run_id: str | None = None
+) -> RunRecorder:
+    from diffusion_core.tracking import RunRecorder
+
+    description = run.directory.read_json("run.json")
+    dataset = description["dataset"]
+    tags = {
+        "run_id": run.run_id,
+        "run_uri": run.directory.uri,
+        "dataset": dataset["name"],
+        "dataset_version": dataset["version"],
+        "dataset_uri": dataset["uri"],
+        "code_version": description["code_version"],
+    }
+    params = {**spec.model_dump(mode="json"), "dataset_version": dataset["version"]}
+    return RunRecorder(store, experiment, f"{dataset['name']}-{run.run_id}", params, tags, mlflow_run_id)
+
+
+def _commit(run: RunDirectory, recorder: RunRecorder) -> bool:
+    return run.directory.create_json(_RECORD, {"mlflow_run_id": recorder.mlflow_run_id})
