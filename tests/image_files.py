@@ -70,9 +70,11 @@ BROKEN = {
 
 
 def write_parquet(path: Path, images: list, layout: str = "struct", metadata: dict | None = None, **columns) -> Path:
-    """`images`: encoded bytes or None for each row. Layout "struct" ({bytes, path}) or "binary"."""
+    """`images`: of each row encoded bytes, None, or the whole cell. Layout "struct" ({bytes, path}) or "binary"."""
     if layout == "struct":
-        values = [{"bytes": image, "path": f"{i}.png"} for i, image in enumerate(images)]
+        values = [
+            image if isinstance(image, dict) else {"bytes": image, "path": f"{i}.png"} for i, image in enumerate(images)
+        ]
         table = {"image": pa.array(values, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))}
     else:
         table = {"image": pa.array(images, pa.binary())}

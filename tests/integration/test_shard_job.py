@@ -132,8 +132,13 @@ def test_from_s3_to_s3_is_the_same_version_as_locally(ray_cluster, s3_store, tmp
         np.testing.assert_array_equal(there.read("test").images, here.read("test").images)
         assert [problem for _, problem in there.verify() if problem] == []
         assert shard.run(request(s3_store, {"uri": remote.uri})).reused
-    single = Directory(s3_store) / "sources/parquet/train.parquet"
-    assert shard.run(request(s3_store, {"uri": single.uri})).splits == {"train": 36, "test": 4}
+    names = [f"files/{i}.png" for i in range(40)]
+    cells = [{"bytes": None if i % 2 else encoded(pixels(i)), "path": name} for i, name in enumerate(names)]
+    single = write_parquet(write_images(tmp_path / "single", names) / "x.parquet", cells)
+    here = shard_here(tmp_path / "plain", SourceConfig(uri=str(single)), request("s", {"kind": "digits"}).dataset)
+    upload(single.parent, Directory(s3_store) / "sources/single")
+    result = shard.run(request(s3_store, {"uri": f"{s3_store}/sources/single/x.parquet"}))
+    assert (result.version, result.splits) == (here.version, {"train": 36, "test": 4})
     with pytest.raises(UserError, match="is empty"):
         shard.run(request(s3_store, {"uri": f"{s3_store}/nothing/here"}))
 

@@ -10,8 +10,23 @@ import pyarrow.parquet as pq
 import pytest
 
 from diffusion_core.config import UserError
+from diffusion_core.data.config import SourceConfig
+from diffusion_core.data.hashing import hash_files
+from diffusion_core.data.sources import open_source
 from diffusion_core.data.transforms import RejectedItem
-from tests.image_files import Found, encoded, pixels, write_parquet
+from tests.image_files import Found, encoded, pixels, write_images, write_parquet
+
+IMAGE = encoded(pixels(7))
+
+
+def class_label(*names: str) -> dict[str, str]:
+    """The schema's metadata as Hugging Face `datasets` writes it."""
+    features = {
+        "image": {"_type": "Image"},
+        "label": {"names": list(names), "_type": "ClassLabel"},
+        "text": {"dtype": "string", "_type": "Value"},
+    }
+    return {"huggingface": json.dumps({"info": {"features": features}})}
 
 
 @pytest.mark.parametrize("layout", ["struct", "binary"])
@@ -57,14 +72,85 @@ def test_any_rows_in_any_order_come_back(tmp_path):
 
 
 def test_declared_class_names_keep_their_numbers(tmp_path):
-    features = {"info": {"features": {"label": {"_type": "ClassLabel", "names": ["ant", "bee", "cow"]}}}}
-    images = [encoded(pixels(i)) for i in range(3)]
-    metadata = {"huggingface": json.dumps(features)}
-    path = write_parquet(tmp_path / "x.parquet", images, metadata=metadata, label=pa.array([2, 0, 2]))
+    metadata = class_label("ant", "bee", "cow")
+    path = write_parquet(tmp_path / "x.parquet", [IMAGE] * 3, metadata=metadata, label=pa.array([2, 0, 2]))
     assert Found(uri=str(path)).label == {"x.parquet#0": "cow", "x.parquet#1": "ant", "x.parquet#2": "cow"}
     assert Found(uri=str(path)).scan.class_names == ["ant", "bee", "cow"]
     with pytest.raises(UserError, match="label 2 is outside the 2 class names"):
         Found(uri=str(path), class_names=("x", "y"))
+
+
+def test_numbers_are_places_among_the_declared_names_even_if_the_names_are_numbers(tmp_path):
+    path = write_parquet(
+        tmp_path / "x.parquet", [IMAGE] * 3, metadata=class_label("2", "1", "0"), label=pa.array([2, 0, 1])
+    )
+    assert list(Found(uri=str(path)).label.values()) == ["0", "2", "1"]
+
+
+def test_files_that_declare_different_names(tmp_path):
+    for name, names in (("a", ("cat", "dog")), ("b", ("dog", "cat"))):
+        write_parquet(tmp_path / f"{name}.parquet", [IMAGE], metadata=class_label(*names), label=pa.array([0]))
+    with pytest.raises(UserError, match=r"b\.parquet declares other class names than the files before it"):
+        Found(uri=str(tmp_path))
+
+
+def test_minus_one_is_no_label_of_a_class_label(tmp_path):
+    path = write_parquet(
+        tmp_path / "x.parquet", [IMAGE] * 3, metadata=class_label("ant", "bee"), label=pa.array([1, -1, 0])
+    )
+    found = Found(uri=str(path))
+    assert found.label == {"x.parquet#0": "bee", "x.parquet#2": "ant"}
+    assert found.rejected == {"x.parquet#1": "no label, and other images have one"}
+    path = write_parquet(tmp_path / "x.parquet", [IMAGE] * 3, metadata=class_label("ant"), label=pa.array([-1] * 3))
+    found = Found(uri=str(path))
+    assert found.scan.labels is None and len(found.content) == 3 and not found.rejected
+
+
+def test_rows_that_name_image_files_beside_the_parquet_file(tmp_path):
+    write_images(tmp_path / "set", ["data/one.png", "data/deep/two.jpg", "three.png", "never_named.png"])
+    write_images(tmp_path, ["outside.png"])
+    cells = [
+        {"bytes": None, "path": "one.png"},
+        {"bytes": IMAGE, "path": None},
+        {"bytes": None, "path": "deep/two.jpg"},
+        {"bytes": None, "path": "../three.png"},
+        {"bytes": IMAGE, "path": "one.png"},
+        {"bytes": None, "path": "gone.png"},
+        {"bytes": None, "path": "../../outside.png"},
+        {"bytes": None, "path": str(tmp_path / "outside.png")},
+        {"bytes": None, "path": None},
+    ]
+    path = write_parquet(tmp_path / "set/data/x.parquet", cells * 3, text=[str(i) for i in range(27)])
+    found = Found(uri=str(tmp_path / "set"), kind="parquet")
+    for i in range(0, 27, 9):
+        content = {k: found.content[f"data/x.parquet#{i + k}"] for k in range(9)}
+        assert content[0] == (tmp_path / "set/data/one.png").read_bytes() and content[1] == content[4] == IMAGE
+        assert content[2] == (tmp_path / "set/data/deep/two.jpg").read_bytes()
+        assert content[3] == (tmp_path / "set/three.png").read_bytes()
+        assert str(content[5]) == "no image bytes, only the path gone.png, where no file is"
+        assert all("where no file is" in str(content[k]) for k in (6, 7))
+        assert str(content[8]) == "no image: null"
+    assert found.text["data/x.parquet#12"] == "12"
+    alone = Found(uri=str(path))  # the folder of the file is then the source, and nothing above it
+    assert alone.content["x.parquet#0"] == found.content["data/x.parquet#0"]
+    assert "where no file is" in str(alone.content["x.parquet#3"])
+
+
+def test_files_that_rows_name_are_part_of_what_is_hashed(tmp_path):
+    write_images(tmp_path, ["1.png", "2.png", "large.png", "never_named.png"])
+    cells = [{"bytes": None, "path": name} for name in ("1.png", "2.png", "large.png")]
+    source = open_source(SourceConfig(uri=str(write_parquet(tmp_path / "x.parquet", cells))))
+    assert [file.key for file in source.files] == ["1.png", "2.png", "large.png", "x.parquet"]
+    (tmp_path / "large.png").write_bytes(bytes(5000))
+    source = open_source(SourceConfig(uri=str(tmp_path), kind="parquet"))
+    source.limit(4000)
+    assert [file.key for file in source.files if source.needs_hash(file)] == ["1.png", "2.png", "x.parquet"]
+    scan = source.scan({key: sha256 for key, sha256, _ in hash_files(source, source.files)})
+    contents = {item.slot: item.content for item in scan.reader.read(scan.candidates)}
+    assert str(contents[2]) == "too large a file: 5,000 bytes" and scan.rejected_images == 0
+    (tmp_path / "2.png").write_bytes(IMAGE)
+    with pytest.raises(UserError, match=r"The source changed while it was sharded: 2\.png has other content now"):
+        list(scan.reader.read(scan.candidates))
 
 
 def test_label_gaps_and_missing_images_in_parquet(tmp_path):

@@ -23,7 +23,7 @@ _SOURCES: dict[SourceKind, type[Source]] = {
 
 
 def open_source(config: SourceConfig) -> Source:
-    """List a source. Reads no image.
+    """List a source. Decodes no image.
 
     Raises:
         UserError: nothing is there, or nothing that can be a source of images.
@@ -35,7 +35,9 @@ def open_source(config: SourceConfig) -> Source:
     if not files:
         raise UserError(f"source.uri: {config.uri} is empty: there is no file in it.")
     kind = _kind_of(config, files) if config.kind is SourceKind.AUTO else config.kind
-    return _SOURCES[kind](config, place, files)
+    source = _SOURCES[kind](config, place, files)
+    source.complete()
+    return source
 
 
 def _kind_of(config: SourceConfig, files: list[SourceFile]) -> SourceKind:

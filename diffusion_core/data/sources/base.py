@@ -46,7 +46,10 @@ class Item:
 class Reader(ABC):
     """Reads items by number. It can be pickled and sent to a worker; it holds no open file."""
 
-    random_access: ClassVar[bool] = False  # True if reading some items costs no more than these items
+    @property
+    def random_access(self) -> bool:
+        """True if reading some items costs no more than these items."""
+        return False
 
     @abstractmethod
     def read(self, items: np.ndarray) -> Iterator[Item]:
@@ -93,9 +96,19 @@ class Source(ABC):
     def __init__(self, config: SourceConfig, place: Directory, files: Sequence[SourceFile]) -> None:
         self.config, self.place, self.files = config, place, list(files)
 
+    def complete(self) -> None:
+        """Find the files that others name, and count them among the source's."""
+        return None
+
     def limit(self, max_bytes: int) -> None:
         """Exclude image files that are larger than this. Files that hold many images are not concerned."""
-        del max_bytes
+        large = [file for file in self.files if file.size > max_bytes and self.is_image(file)]
+        self.exclude({file.key: f"too large a file: {file.size:,} bytes" for file in large})
+
+    def is_image(self, file: SourceFile) -> bool:
+        """Whether this file is one encoded image."""
+        del file
+        return False
 
     def exclude(self, problems: dict[str, str]) -> None:
         """From now on these files cannot be read: why, by key."""
@@ -141,9 +154,10 @@ def class_numbers(
 ) -> tuple[np.ndarray, list[str]]:
     """The different labels of a source → the class number of each, int32, -1 for "no label"; and the class names.
 
-    Numbers that index declared names (`class_names`, or a Hugging Face ClassLabel) stay as they are. Otherwise the
-    different values, sorted (as numbers if all of them are), become the classes 0, 1, 2, ...; so a gap in the numbers
-    leaves no empty class. None, "", negative numbers and NaN say that there is no label.
+    Numbers that index declared names (`class_names`, or a Hugging Face ClassLabel) stay as they are; text may be such a
+    name, or else such a number. Otherwise the different values, sorted (as numbers if all of them are), become the
+    classes 0, 1, 2, ...; so a gap in the numbers leaves no empty class. None, "", negative numbers and NaN say that
+    there is no label.
 
     Raises:
         UserError: a label that is neither text nor a whole number, or outside the declared classes.
@@ -153,10 +167,10 @@ def class_numbers(
     names = list(config.class_names or declared or ())
     if not names:
         names, number = present, {text: i for i, text in enumerate(present)}
-    elif set(present) <= set(names):
+    elif set(present) <= set(names) and any(value and isinstance(value, str) for value in distinct):
         number = {name: i for i, name in enumerate(names)}
     elif all(re.fullmatch(r"\d+", text) for text in present):
-        if int(present[-1]) >= len(names):
+        if present and int(present[-1]) >= len(names):
             raise UserError(f"The label {present[-1]} is outside the {len(names)} class names, 0 to {len(names) - 1}.")
         number = {text: int(text) for text in present}
     else:

@@ -35,7 +35,9 @@ class DigitsReader(Reader):
 
     images: np.ndarray
 
-    random_access = True
+    @property
+    def random_access(self) -> bool:
+        return True
 
     def key(self, item: int) -> str:
         return f"{DIGITS_KEY}#{item}"

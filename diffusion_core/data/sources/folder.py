@@ -11,9 +11,8 @@ import io
 import json
 import posixpath
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,41 +32,34 @@ from diffusion_core.data.sources.base import (
     split_named,
     split_numbers,
 )
-from diffusion_core.data.sources.hashed import read_hashed
+from diffusion_core.data.sources.hashed import read_each, read_hashed
 from diffusion_core.data.sources.listing import IMAGE_SUFFIXES, SourceFile, suffix
 from diffusion_core.storage import Directory
 
 METADATA = ("metadata.csv", "metadata.jsonl")
-_READ_AHEAD = 32  # files read at once from S3, where most of the time is waiting
 
 
 @dataclass(frozen=True)
 class FolderReader(Reader):
     """keys: Arrow string array; sha256: fixed_size_binary[32], what each file held when it was hashed."""
 
-    random_access: ClassVar[bool] = True
-
     place: Directory
     keys: pa.Array
     sha256: pa.Array
     text: pa.Array | None
 
+    @property
+    def random_access(self) -> bool:
+        return True
+
     def key(self, item: int) -> str:
         return self.keys[item].as_py()
 
     def read(self, items: np.ndarray) -> Iterator[Item]:
-        if self.place.is_local:
-            yield from (self._item(slot, int(item)) for slot, item in enumerate(items))
-            return
-        with ThreadPoolExecutor(_READ_AHEAD) as threads:
-            for first in range(0, len(items), _READ_AHEAD):
-                part = range(first, min(first + _READ_AHEAD, len(items)))
-                yield from threads.map(lambda slot: self._item(slot, int(items[slot])), part)
-
-    def _item(self, slot: int, item: int) -> Item:
-        key = self.key(item)
-        content = read_hashed(self.place, key, self.sha256[item].as_py().hex())
-        return Item(slot, key, content, None if self.text is None else self.text[item].as_py())
+        files = [(self.key(item), self.sha256[item].as_py().hex()) for item in items.tolist()]
+        for slot, content in enumerate(read_each(self.place, files)):
+            text = None if self.text is None else self.text[int(items[slot])].as_py()
+            yield Item(slot, files[slot][0], content, text)
 
 
 @dataclass(frozen=True)
@@ -83,16 +75,15 @@ class FolderSource(Source):
     kind = SourceKind.FOLDER
 
     def needs_hash(self, file: SourceFile) -> bool:
-        return file.problem is None and (suffix(file.key) in IMAGE_SUFFIXES or _is_metadata(file.key))
+        return file.problem is None and (self.is_image(file) or _is_metadata(file.key))
 
-    def limit(self, max_bytes: int) -> None:
-        large = [file for file in self.files if file.size > max_bytes and suffix(file.key) in IMAGE_SUFFIXES]
-        self.exclude({file.key: f"too large a file: {file.size:,} bytes" for file in large})
+    def is_image(self, file: SourceFile) -> bool:
+        return suffix(file.key) in IMAGE_SUFFIXES
 
     def scan(self, digests: dict[str, str]) -> Scan:
         rejected = [(file.key, f"not an image file: {suffix(file.key) or 'no suffix'}") for file in self._others()]
         broken = [(file.key, file.problem) for file in self.files if file.problem]
-        keys = [file.key for file in self.files if file.problem is None and suffix(file.key) in IMAGE_SUFFIXES]
+        keys = [file.key for file in self.files if file.problem is None and self.is_image(file)]
         rows, odd = self._metadata(set(keys), digests)
         if not keys:
             raise UserError(f"source.uri: {self.config.uri} holds no image file ({len(self.files)} other files).")
@@ -126,7 +117,7 @@ class FolderSource(Source):
         return [
             file
             for file in self.files
-            if file.problem is None and suffix(file.key) not in IMAGE_SUFFIXES and not _is_metadata(file.key)
+            if file.problem is None and not self.is_image(file) and not _is_metadata(file.key)
         ]
 
     def _splits_and_classes(self, keys: Sequence[str]) -> tuple[list[str | None], list[str]]:

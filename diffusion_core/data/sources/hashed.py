@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,6 +12,8 @@ from functools import lru_cache
 from diffusion_core.config import UserError
 from diffusion_core.data.sources.listing import SourceFile, look
 from diffusion_core.storage import Directory
+
+_READ_AHEAD = 32  # files read at once from S3
 
 
 class SourceChanged(UserError):
@@ -69,6 +72,16 @@ def read_hashed(place: Directory, key: str, sha256: str) -> bytes:
     if hashlib.sha256(content).hexdigest() != sha256:
         raise SourceChanged(key, "has other content now")
     return content
+
+
+def read_each(place: Directory, files: Sequence[tuple[str, str]]) -> Iterator[bytes]:
+    """The content of every (key, SHA-256), in order; some are read at once where most of the time is waiting."""
+    if place.is_local:
+        yield from (read_hashed(place, *file) for file in files)
+        return
+    with ThreadPoolExecutor(_READ_AHEAD) as threads:
+        for first in range(0, len(files), _READ_AHEAD):
+            yield from threads.map(lambda file: read_hashed(place, *file), files[first : first + _READ_AHEAD])
 
 
 def hash_file(place: Directory, file: SourceFile) -> str:

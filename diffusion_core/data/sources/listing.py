@@ -56,14 +56,14 @@ def list_files(uri: str) -> tuple[Directory, list[SourceFile]]:
 
 
 def look(place: Directory, key: str) -> SourceFile | None:
-    """A file as it is now; None if it is gone."""
+    """A file as it is now; None if it is not there, or cannot be reached."""
     if not place.is_local:
         # As at the first time a listing is asked, because some services give another ETag with the object itself.
         entry = next(place.list(key), None)
         return SourceFile(key, entry.size, entry.stamp) if entry and entry.key == key else None
     try:
         status = os.stat(place.local_path / key)
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         return None
     return _local_file(key, status) if stat.S_ISREG(status.st_mode) else None
 

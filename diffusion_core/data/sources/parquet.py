@@ -1,10 +1,13 @@
-"""Parquet files in the Hugging Face image layout: `image` {bytes, path} or raw bytes, `label`, `text`, `split`."""
+"""Parquet files in the Hugging Face image layout: `image` {bytes, path} or raw bytes, `label`, `text`, `split`.
+
+A row without bytes names an image file, by its path relative to the Parquet file.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,8 +21,6 @@ from diffusion_core.data.sources.base import (
     LABEL_COLUMNS,
     TEXT_COLUMNS,
     UNKNOWN,
-    Item,
-    Reader,
     Scan,
     Source,
     class_numbers,
@@ -28,127 +29,48 @@ from diffusion_core.data.sources.base import (
     split_named,
 )
 from diffusion_core.data.sources.hashed import HashedFile
-from diffusion_core.data.sources.listing import SourceFile, suffix
+from diffusion_core.data.sources.listing import IMAGE_SUFFIXES, SourceFile, look, suffix
+from diffusion_core.data.sources.parquet_reader import ImageTable, ParquetReader, named_files
 from diffusion_core.data.transforms import RejectedItem
 from diffusion_core.patience import StoreUnavailable
-from diffusion_core.storage import Directory
 
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "jpeg", "webp")
-_BATCH_ROWS = 128  # rows decoded at a time; a row group may be larger than memory
-_CHUNK_BYTES = 128 << 20
+_LOOKS = 32  # files looked for at once
 
-
-@dataclass(frozen=True)
-class _File:
-    """One Parquet file: its columns, and where its items and row groups begin."""
-
-    hashed: HashedFile
-    image: str
-    label: str | None
-    text: str | None
-    split: str | None
-    declared: tuple[str, ...] | None  # names of a ClassLabel
-    first: int  # number of its first item
-    group_rows: tuple[int, ...]
-    group_bytes: tuple[int, ...]
-
-    @property
-    def key(self) -> str:
-        return self.hashed.key
-
-    @property
-    def rows(self) -> int:
-        return sum(self.group_rows)
-
-
-@dataclass(frozen=True)
-class ParquetReader(Reader):
-    place: Directory
-    files: tuple[_File, ...]
-
-    def key(self, item: int) -> str:
-        file = self.files[int(np.searchsorted([file.first for file in self.files], item, side="right")) - 1]
-        return f"{file.key}#{item - file.first}"
-
-    def chunks(self) -> list[range]:
-        """Whole row groups, of about 128 MiB together."""
-        chunks: list[range] = []
-        for file in self.files:
-            first, size, item = file.first, 0, file.first
-            for rows, group_bytes in zip(file.group_rows, file.group_bytes, strict=True):
-                if size and size + group_bytes > _CHUNK_BYTES:
-                    chunks.append(range(first, item))
-                    first, size = item, 0
-                item, size = item + rows, size + group_bytes
-            if item > first:
-                chunks.append(range(first, item))
-        return chunks
-
-    def read(self, items: np.ndarray) -> Iterator[Item]:
-        order = np.argsort(items, kind="stable")
-        for file in self.files:
-            low, high = np.searchsorted(items[order], (file.first, file.first + file.rows))
-            if low < high:
-                slots = order[low:high]
-                yield from self._read_file(file, slots, items[slots] - file.first)
-
-    def _read_file(self, file: _File, slots: np.ndarray, rows: np.ndarray) -> Iterator[Item]:
-        """`rows` (sorted) of one file."""
-        with file.hashed.unchanged(), self.place.open(file.key) as stream:
-            parquet = pq.ParquetFile(stream, page_checksum_verification=True)
-            start = 0
-            for group, count in enumerate(file.group_rows):
-                low, high = np.searchsorted(rows, (start, start + count))
-                if low < high:
-                    yield from self._read_group(parquet, file, group, start, slots[low:high], rows[low:high])
-                start += count
-
-    def _read_group(
-        self, parquet: pq.ParquetFile, file: _File, group: int, start: int, slots: np.ndarray, rows: np.ndarray
-    ) -> Iterator[Item]:
-        columns = [file.image] + ([file.text] if file.text else [])
-        at, done = start, 0
-        try:
-            for batch in parquet.iter_batches(_BATCH_ROWS, [group], columns):
-                stop = int(np.searchsorted(rows, at + len(batch)))
-                yield from self._items(file, batch, at, slots[done:stop], rows[done:stop])
-                at, done = at + len(batch), stop
-        except MemoryError:  # Arrow's is also an ArrowException; it says nothing about the file
-            raise
-        except (pa.ArrowException, OSError) as error:
-            if not self.place.is_local:  # it may be the network, and a reject would be for ever
-                raise
-            reason = f"row group {group} cannot be read: {error}"
-            for slot, row in zip(slots[done:], rows[done:], strict=True):
-                yield Item(int(slot), f"{file.key}#{row}", RejectedItem(reason))
-
-    def _items(
-        self, file: _File, batch: pa.RecordBatch, at: int, slots: np.ndarray, rows: np.ndarray
-    ) -> Iterator[Item]:
-        image, text = batch.column(file.image), batch.column(file.text) if file.text else None
-        for slot, row in zip(slots, rows, strict=True):
-            value = image[int(row) - at].as_py()
-            content = value.get("bytes") if isinstance(value, dict) else value
-            if content is None:
-                path = value.get("path") if isinstance(value, dict) else None
-                content = RejectedItem(f"no image bytes, only the path {path}" if path else "no image: null")
-            caption = text[int(row) - at].as_py() if text is not None else None
-            yield Item(int(slot), f"{file.key}#{row}", content, caption)
+Labels = tuple[list[Any], np.ndarray]  # the different values, and which of them each row has
 
 
 class ParquetSource(Source):
     kind = SourceKind.PARQUET
 
+    _named: frozenset[str] = frozenset()  # keys of the image files that rows name
+
+    def complete(self) -> None:
+        listed = {file.key: file for file in self.files}
+        if len(listed) > 1 and not any(suffix(key) in IMAGE_SUFFIXES for key in listed):
+            return  # a folder that holds no image: no Parquet file has to be opened, on S3 say, to know all files
+        named = {key for file in self.files if self._is_table(file) for key in self._named_in(file.key)}
+        with ThreadPoolExecutor(_LOOKS) as threads:
+            found = list(threads.map(lambda key: listed.get(key) or look(self.place, key), sorted(named)))
+        images = {file.key: file for file in found if file is not None}
+        self._named = frozenset(images)
+        self.files = sorted((listed | images).values(), key=lambda file: file.key)
+
     def needs_hash(self, file: SourceFile) -> bool:
-        return file.problem is None and suffix(file.key) == ".parquet"
+        return self._is_table(file) or (file.problem is None and self.is_image(file))
+
+    def is_image(self, file: SourceFile) -> bool:
+        return file.key in self._named
 
     def scan(self, digests: dict[str, str]) -> Scan:
-        files: list[_File] = []
-        rejected: list[tuple[str, str]] = [(file.key, file.problem) for file in self.files if file.problem]
-        labels: list[tuple[list[Any], np.ndarray]] = []
+        files: list[ImageTable] = []
+        rejected = [(file.key, file.problem) for file in self.files if file.problem and not self.is_image(file)]
+        labels: list[Labels] = []
         splits: list[np.ndarray] = []
         first = 0
         for hashed in self.hashed(digests):
+            if not self._is_table(hashed.listed):
+                continue
             try:
                 with hashed.unchanged(), self.place.open(hashed.key) as stream:
                     parquet = pq.ParquetFile(stream)
@@ -166,16 +88,34 @@ class ParquetSource(Source):
         if not first:
             why = f": {rejected[0][0]} is {rejected[0][1]}" if rejected else ""
             raise UserError(f"source.uri: {self.config.uri} holds no Parquet rows{why}.")
-        return self._scan(files, labels, np.concatenate(splits), rejected)
+        return self._scan(self._reader(files, digests), labels, np.concatenate(splits), rejected)
+
+    def _is_table(self, file: SourceFile) -> bool:
+        return file.problem is None and suffix(file.key) == ".parquet"
+
+    def _named_in(self, key: str) -> set[str]:
+        try:
+            with self.place.open(key) as stream:
+                parquet = pq.ParquetFile(stream)
+                return set(named_files(parquet, key, self._image_column(key, parquet.schema_arrow)))
+        except (MemoryError, StoreUnavailable):
+            raise
+        except (pa.ArrowException, OSError):
+            return set()  # the scan says what is wrong with it
+
+    def _reader(self, files: list[ImageTable], digests: dict[str, str]) -> ParquetReader:
+        images = [file for file in self.files if self.is_image(file)]
+        named = {file.key: RejectedItem(file.problem) if file.problem else digests[file.key] for file in images}
+        return ParquetReader(self.place, tuple(files), named, sum(file.size for file in images))
 
     def _scan(
         self,
-        files: list[_File],
-        columns: list[tuple[list[Any], np.ndarray]],
+        reader: ParquetReader,
+        columns: list[Labels],
         splits: np.ndarray,
         rejected: list[tuple[str, str]],
     ) -> Scan:
-        reader = ParquetReader(self.place, tuple(files))
+        files = reader.files
         labels, names = self._labels(files, columns)
         alive = np.flatnonzero(splits != _OTHER_SPLIT)
         odd = [
@@ -195,9 +135,7 @@ class ParquetSource(Source):
             rejected_images=lost + len(odd) + len(gaps),
         )
 
-    def _labels(
-        self, files: list[_File], columns: list[tuple[list[Any], np.ndarray]]
-    ) -> tuple[np.ndarray | None, list[str]]:
+    def _labels(self, files: Sequence[ImageTable], columns: list[Labels]) -> tuple[np.ndarray | None, list[str]]:
         if self.config.labels in (LabelSource.CLASS_FOLDERS, LabelSource.METADATA):
             raise UserError(f"source.labels: {self.config.labels.value} is for folders of images; Parquet has column.")
         if self.config.labels is LabelSource.NONE or not any(file.label for file in files):
@@ -206,6 +144,8 @@ class ParquetSource(Source):
             return None, []
         everything = [value for distinct, _ in columns for value in distinct]
         declared = next((file.declared for file in files if file.declared), None)
+        if other := next((file for file in files if file.declared not in (None, declared)), None):
+            raise UserError(f"source.uri: {other.key} declares other class names than the files before it.")
         numbers, names = class_numbers(everything, self.config, declared)
         parts, at = [], 0
         for distinct, which in columns:
@@ -213,11 +153,11 @@ class ParquetSource(Source):
             at += len(distinct)
         return np.concatenate(parts), names
 
-    def _describe(self, hashed: HashedFile, parquet: pq.ParquetFile, first: int) -> _File:
+    def _describe(self, hashed: HashedFile, parquet: pq.ParquetFile, first: int) -> ImageTable:
         key, schema, metadata = hashed.key, parquet.schema_arrow, parquet.metadata
         label = _column(key, "label", schema, self.config.label_column, LABEL_COLUMNS)
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-        return _File(
+        return ImageTable(
             hashed=hashed,
             image=self._image_column(key, schema),
             label=None if self.config.labels is LabelSource.NONE else label,
@@ -244,7 +184,7 @@ class ParquetSource(Source):
             )
         return named or (usual or fitting)[0]
 
-    def _read_columns(self, parquet: pq.ParquetFile, file: _File) -> tuple[tuple[list[Any], np.ndarray], np.ndarray]:
+    def _read_columns(self, parquet: pq.ParquetFile, file: ImageTable) -> tuple[Labels, np.ndarray]:
         """((different labels, which of them each row has), split number of each row)."""
         wanted = [name for name in (file.label, file.split) if name]
         table = parquet.read(wanted) if wanted else None
