@@ -53,6 +53,9 @@ class Progress:
 
     `rate` is that of the last half minute, so that a slow start (a cluster, a compiler) does not spoil the estimate.
     `total` may be None (unknown) and may be given later by assigning it. Safe to use from several threads.
+
+    Args:
+        initial: units that were done before; None if the first `update` will tell. They do not count for the rate.
     """
 
     def __init__(
@@ -61,16 +64,16 @@ class Progress:
         total: float | None = None,
         unit: str = "images",
         *,
-        initial: float = 0,
+        initial: float | None = 0,
         interval_s: float = 1.0,
         write: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.stage, self.total, self.unit = stage, total, unit
-        self._done, self._figures = initial, dict[str, float]()
+        self._done, self._figures = initial or 0.0, dict[str, float]()
         self._interval_s, self._write, self._clock = interval_s, write or _print_line, clock
         self._lock = threading.Lock()
-        self._marks = [(clock(), initial)]
+        self._marks = [] if initial is None else [(clock(), initial)]
         self._printed_at = -math.inf
 
     def advance(self, n: float = 1, **figures: float) -> None:
@@ -97,15 +100,17 @@ class Progress:
         self.close()
 
     def _set(self, done: float, figures: dict[str, float]) -> None:
+        now = self._clock()
+        if not self._marks or done < self._done:  # work that is done again begins anew
+            self._marks = [(now, done)]
         self._done = done
         self._figures.update({name: float(value) for name, value in figures.items()})
-        now = self._clock()
         if now - self._printed_at >= self._interval_s:
             self._emit(now)
 
     def _emit(self, now: float) -> None:
         self._marks = [mark for mark in self._marks if now - mark[0] <= 30] or self._marks[-1:]
-        (then, done_then) = self._marks[0]
+        then, done_then = self._marks[0] if self._marks else (now, self._done)
         rate = (self._done - done_then) / (now - then) if now > then else None
         left = None
         if rate and self.total is not None:

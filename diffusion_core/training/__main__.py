@@ -15,23 +15,29 @@ import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from diffusion_core.config import UserError, explain
-from diffusion_core.lease import Held, Lease, acquire
+from diffusion_core.lease import FAILED, OK, Held, Lease, acquire
+from diffusion_core.patience import StoreUnavailable, patience
 from diffusion_core.progress import Progress, parse_progress
 from diffusion_core.training.run import INTERRUPTED, RunDirectory, TrainOutcome, TrainSpec, open_run
 
-EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+if TYPE_CHECKING:
+    from diffusion_core.training.world import World
+
+EXIT_STORE_AWAY, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+_LOOK_S = 5.0
 logger = logging.getLogger("diffusion_core.training")
 
 
 def main() -> int:
-    """Train what the request in argv[1] says; 0, 2 (the user can mend it) or 130 (interrupted)."""
+    """Train what the request in argv[1] says; 0, 1 (it broke), 2 (the user can mend it) or 130 (interrupted)."""
     leads = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if leads else logging.WARNING, format="%(levelname)s: %(message)s")
     if len(sys.argv) != 2:
@@ -40,11 +46,17 @@ def main() -> int:
     try:
         store, spec = read_request(sys.argv[1])
         run = open_run(store, spec)
-        outcome = run.finished(spec.training) or _train(spec, run)
+        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+        outcome = (run.finished(spec.training) if alone else None) or _train(spec, run)
     except (UserError, ValidationError) as error:
         if leads:
             print(f"train: {explain(error) if isinstance(error, ValidationError) else error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except StoreUnavailable as error:
+        print(f"train: {error} The same command continues.", file=sys.stderr)
+        return EXIT_STORE_AWAY
+    if outcome is None:
+        return 0
     if leads:
         answer = {"run_id": run.run_id, "run_uri": run.directory.uri, **outcome.model_dump(mode="json")}
         print(json.dumps({**answer, "bundle_uri": run.bundle(outcome.images_seen).uri}, indent=2))
@@ -65,7 +77,8 @@ def read_request(path: str) -> tuple[str, TrainSpec]:
     )
 
 
-def _train(spec: TrainSpec, run: RunDirectory) -> TrainOutcome:
+def _train(spec: TrainSpec, run: RunDirectory) -> TrainOutcome | None:
+    """The outcome of a run that is trained now, or that was finished; then the leader alone tells it."""
     from diffusion_core.training.loop import LOST, train
     from diffusion_core.training.world import World
 
@@ -73,37 +86,67 @@ def _train(spec: TrainSpec, run: RunDirectory) -> TrainOutcome:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, frame: _note(signals, received, frame))
     world = World.from_environment()
-    lease = acquire(run.attempts, {"kind": "training"}, on_wait=_say_once()) if world.leads else None
-    world.from_leader([1.0])  # nobody looks for checkpoints before the leader holds the run
-    outcome = "failed"
+    lease, ended = None, FAILED
     try:
-        with Progress("train", spec.training.target_images, write=_show if world.leads else _hide) as progress:
-            should_stop = _StopAsked(signals, lease, LOST)
-            result = train(spec, run, world, None, progress, should_stop, start=spec.training.init_from)
-        outcome = "ok"
-        return result
+        is_finished, lease = take_run(run, spec, world)
+        if is_finished:
+            outcome = run.finished(spec.training) if world.leads else None
+        else:
+            write = _show if world.leads else _hide
+            with Progress("train", spec.training.target_images, initial=None, write=write) as progress:
+                should_stop = _StopAsked(signals, lease, LOST)
+                outcome = train(spec, run, world, None, progress, should_stop, start=spec.training.init_from)
+        ended = OK
+        return outcome
     finally:
         if lease is not None:
-            lease.end(outcome)
+            lease.end(ended)
         world.leave()
 
 
+def take_run(run: RunDirectory, spec: TrainSpec, world: World) -> tuple[bool, Lease | None]:
+    """Whether the run is finished, and the lease of it, which the leader takes for all processes if it is not.
+
+    The leader alone looks, and tells the others at every poll that it still waits, as no exchange between processes may
+    last as long as another attempt trains.
+    """
+    waits, trains, is_finished = range(3)
+    say = _say_once()
+
+    def wait_on(held: Held) -> None:
+        say(held)
+        world.from_leader([waits])
+
+    if not world.leads:
+        while (decided := world.from_leader([waits])[0]) == waits:
+            pass
+        return decided == is_finished, None
+    done, lease = run.finished(spec.training) is not None, None
+    if not done:
+        lease = acquire(run.attempts, {"kind": "training"}, on_wait=wait_on)
+        done = run.finished(spec.training) is not None  # by the attempt that it waited for
+    world.from_leader([is_finished if done else trains])
+    return done, lease
+
+
 class _StopAsked:
-    """Asks for the end after a signal, or when the lease is lost (looked at every few seconds)."""
+    """Asks for the end when the lease is lost (looked at every few seconds), or after a signal."""
 
     def __init__(self, signals: list[int], lease: Lease | None, lost: str) -> None:
         self._signals, self._lease, self._lost, self._looked_at = signals, lease, lost, 0.0
+        self._is_lost = False
 
     def __call__(self) -> str | None:
-        import time
-
-        if self._signals:
-            return INTERRUPTED
-        if self._lease is not None and time.monotonic() - self._looked_at > 5:
+        if self._lease is not None and not self._is_lost and time.monotonic() - self._looked_at > _LOOK_S:
+            try:
+                with patience(_LOOK_S):
+                    self._is_lost = not self._lease.still_mine()
+            except StoreUnavailable as error:  # whether it can be done without, the next checkpoint decides
+                logger.warning("%s", error)
             self._looked_at = time.monotonic()
-            if not self._lease.still_mine():
-                return self._lost
-        return None
+        if self._is_lost:
+            return self._lost
+        return INTERRUPTED if self._signals else None
 
 
 def _note(signals: list[int], received: int, frame: FrameType | None) -> None:

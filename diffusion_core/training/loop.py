@@ -135,6 +135,8 @@ class _Loop:
     def run_to_the_end(self) -> TrainOutcome:
         self._attempt_began = time.monotonic() - self.position.seconds
         self.interval = Interval(time.monotonic())
+        if self.progress is not None and self.world.leads:
+            self.progress.update(self.position.images_seen)  # what was done before says nothing of the speed
         reason = TIME_BUDGET if self._budget_is_spent() else ""
         while not reason and self.position.images_seen < self.config.target_images:
             reason = self._step()

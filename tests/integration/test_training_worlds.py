@@ -103,6 +103,35 @@ def test_all_processes_stop_together_when_the_loss_is_not_finite(dataset, store)
     run_world(2, diverges, dataset, store)
 
 
+def takes_a_run_that_is_held(world, dataset, store, held_s):
+    """The holder is this world's leader in another guise; between processes nothing may last longer than 3 s."""
+    import datetime
+    import threading
+
+    import torch.distributed as dist
+
+    from diffusion_core.lease import claim
+    from diffusion_core.training.__main__ import take_run
+
+    world.control = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=3))
+    spec = toy_spec(dataset, images=20)
+    run = open_run(store, spec)
+    if world.leads:
+        threading.Timer(held_s, claim(run.attempts, {}).end).start()
+    is_finished, lease = take_run(run, spec, world)
+    assert not is_finished and (lease is not None) == world.leads
+    if lease is not None:
+        assert lease.number == 2
+        lease.end()
+    train(spec, run, world)
+    world.from_leader([0])
+    assert take_run(run, spec, world) == (True, None)
+
+
+def test_processes_wait_together_for_a_run_that_another_attempt_holds(dataset, store):
+    run_world(2, takes_a_run_that_is_held, dataset, store, 5.0)
+
+
 def decides(world):
     decision = Decision(world)
     heard = [decision.exchange(step if world.leads else 100 + step) for step in range(1, 6)]

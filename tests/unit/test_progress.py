@@ -29,6 +29,31 @@ def test_at_most_one_line_a_second_and_one_at_the_end():
     assert last.seconds_left == 0
 
 
+def test_the_rate_is_right_from_the_first_seconds_of_work_that_continues():
+    lines: list[str] = []
+    time = Clock()
+    progress = Progress("train", 10_000, write=lines.append, clock=time, initial=None)
+    time.now += 5
+    for done in (5_000, 5_050, 5_100):
+        progress.update(done)
+        time.now += 1
+    first, *_, last = map(parse_progress, lines)
+    assert first is not None and (first.done, first.rate, first.seconds_left) == (5_000, None, None)
+    assert last is not None and (last.rate, last.seconds_left) == (50, 98)
+
+
+def test_going_back_to_a_checkpoint_gives_no_negative_rate():
+    lines: list[str] = []
+    time = Clock()
+    progress = Progress("train", 1_000, write=lines.append, clock=time)
+    for done in (100, 200, 300, 150, 250):
+        time.now += 1
+        progress.update(done)
+    back, again = map(parse_progress, lines[-2:])
+    assert back is not None and (back.done, back.rate) == (150, None)
+    assert again is not None and (again.rate, again.seconds_left) == (100, 7.5)
+
+
 def test_rate_forgets_a_slow_start_and_work_found_done():
     lines: list[str] = []
     time = Clock()
