@@ -43,6 +43,10 @@ _USER_MISTAKES = {
 }
 
 
+class StoreFull(UserError):
+    """The store takes no more: nothing else that is written there will fare better."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """One file of a listing: its key, its size in bytes, and a stamp that changes when the file does."""
@@ -291,7 +295,8 @@ def _explained(path: Path | str) -> Iterator[None]:
         reason = _USER_MISTAKES.get(error.errno or 0)
         if reason is None:
             raise
-        raise UserError(f"{path} cannot be used: {reason}.") from error
+        kind = StoreFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else UserError
+        raise kind(f"{path} cannot be used: {reason}.") from error
 
 
 def _regular(path: Path) -> Path:

@@ -33,7 +33,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_before_d
 
 from diffusion_core.config import UserError
 from diffusion_core.patience import StoreUnavailable, patience_s
-from diffusion_core.storage import Entry, Names
+from diffusion_core.storage import Entry, Names, StoreFull
 
 if TYPE_CHECKING:
     from pyarrow import NativeFile
@@ -51,6 +51,7 @@ _TRANSIENT_CODES = {
 }  # fmt: skip
 _ABSENT_CODES = {"404", "NoSuchKey", "NotFound"}
 TAKEN_CODES = {"412", "PreconditionFailed"}
+_FULL_CODES = {"QuotaExceeded", "XMinioStorageFull"}
 _SENTENCES = {
     "NoSuchBucket": "there is no such bucket",
     "AccessDenied": "access is denied for these credentials",
@@ -62,6 +63,7 @@ _SENTENCES = {
     "PermanentRedirect": "the bucket is in another region (set AWS_DEFAULT_REGION)",
     "AuthorizationHeaderMalformed": "the bucket is in another region (set AWS_DEFAULT_REGION)",
     "QuotaExceeded": "the quota of the bucket is used up",
+    "XMinioStorageFull": "its disks are full",
 }
 
 
@@ -315,7 +317,8 @@ def translate(uri: str, error: Exception) -> NoReturn:
         if code in TAKEN_CODES:
             raise _Taken from error
         if not _is_transient(error):
-            raise UserError(f"The store {uri} cannot be used: {_SENTENCES.get(code) or _reason(error)}.") from error
+            kind = StoreFull if code in _FULL_CODES else UserError
+            raise kind(f"The store {uri} cannot be used: {_SENTENCES.get(code) or _reason(error)}.") from error
     if _is_transient(error):
         raise StoreUnavailable(f"The store {uri} cannot be reached: {_reason(error)}.") from error
     raise UserError(f"The store {uri} cannot be reached: {_reason(error)}.") from error
@@ -333,7 +336,7 @@ def _reason(error: BaseException | None) -> str:
 def _is_transient(error: BaseException) -> bool:
     if isinstance(error, ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return error_code(error) in _TRANSIENT_CODES or status == 429 or (status >= 500 and status != 501)
+        return error_code(error) in _TRANSIENT_CODES or status == 429 or (status >= 500 and status not in (501, 507))
     return isinstance(error, (HTTPClientError, ConnectionError, IncompleteReadError, ResponseStreamingError))
 
 

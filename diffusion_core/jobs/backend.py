@@ -143,11 +143,13 @@ def run_job(
 def _outcome(stage: str, place: Directory, status: int, lines: list[str], result_type: type[ResultT]) -> ResultT:
     if status == 0:
         return result_type.model_validate_json(place.read(RESULT))
+    said = [line.removeprefix(f"{stage}: ") for line in lines if line.startswith(f"{stage}: ")]
     if status == EXIT_USER_ERROR:
         with suppress(FileNotFoundError):
             raise UserError(str(place.read_json(ERROR)["error"]))
-    if status == EXIT_STORE_AWAY:  # the job could not write the sentence anywhere else
-        said = [line.removeprefix(f"{stage}: ") for line in lines if line.startswith(f"{stage}: ")]
+        if said:  # the job could not write it anywhere else, as to a full store
+            raise UserError(said[-1])
+    if status == EXIT_STORE_AWAY:
         raise StoreUnavailable(said[-1] if said else f"The store of the {stage} job was away for too long.")
     how = f"was killed by signal {-status}" if status < 0 else f"broke with exit status {status}"
     shown = "\n".join(lines[-25:])

@@ -9,6 +9,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 from pydantic import ValidationError
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 from diffusion_core.config import UserError, explain
 from diffusion_core.jobs.requests import Request, Result
 from diffusion_core.patience import StoreUnavailable
-from diffusion_core.storage import Directory
+from diffusion_core.storage import Directory, StoreFull
 
 RequestT = TypeVar("RequestT", bound=Request)
 
@@ -60,7 +61,8 @@ def _attempt(stage: str, request_type: type[RequestT], run: Callable[[RequestT],
         result = run(_read_request(place, name, request_type))
     except UserError as error:
         print(f"{stage}: {error}", file=sys.stderr)
-        place.write_json(ERROR, {"error": str(error)})
+        with suppress(StoreFull):  # which may be the error itself; who waits for the job finds it in the log
+            place.write_json(ERROR, {"error": str(error)})
         return EXIT_USER_ERROR
     place.write_json(RESULT, result.model_dump(mode="json"))
     return 0

@@ -108,6 +108,26 @@ def test_a_users_mistake_keeps_its_sentence(run_program):
         )
 
 
+def test_a_full_store_keeps_its_sentence_though_it_takes_no_file(run_program):
+    text = """
+        import errno, os, sys
+        from diffusion_core.jobs import protocol
+        from diffusion_core.jobs.requests import GenerateRequest
+        from diffusion_core.storage import Directory
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def run(request):
+            os.replace = os.link = full
+            Directory(request.store).write("images", b"")
+
+        sys.exit(protocol.main("generate", GenerateRequest, run))
+        """
+    with pytest.raises(UserError, match=r"^/.*/store/images cannot be used: the disk is full\.$"):
+        run_program(text)
+
+
 def test_a_broken_job_shows_the_end_of_its_log_and_where_it_is(run_program, store: str):
     with pytest.raises(JobFailed, match="exit status 1") as failure:
         run_program("raise RuntimeError('out of cheese')")

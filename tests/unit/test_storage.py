@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from diffusion_core.config import UserError
-from diffusion_core.storage import Directory, check_reachable
+from diffusion_core.storage import Directory, StoreFull, check_reachable
 from tests.storage_contract import StorageContract
 
 
@@ -106,7 +106,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     place.write("there", b"")
     monkeypatch.setattr(os, step, fail)
     act = place.write if step == "replace" else place.create
-    with pytest.raises(UserError, match=r"store/new cannot be used: the disk is full") as caught:
+    with pytest.raises(StoreFull, match=r"store/new cannot be used: the disk is full") as caught:
         act("new", b"data")
     assert caught.value.__cause__ is not None
     monkeypatch.undo()

@@ -27,7 +27,7 @@ from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.generation.labels import resolve_labels
 from diffusion_core.lease import Held, Lease, claim
 from diffusion_core.patience import StoreUnavailable, patience, patience_s
-from diffusion_core.storage import Directory, check_reachable
+from diffusion_core.storage import Directory, StoreFull, check_reachable
 
 STORE = "s3://bucket/store"
 
@@ -162,6 +162,13 @@ def test_an_answer_for_good_is_told_at_once(service: Service, fault: str, senten
     with pytest.raises(UserError, match=sentence):
         Directory(STORE).write("a", b"")
     assert service.requests == 1
+
+
+@pytest.mark.parametrize("fault", ["403 QuotaExceeded", "507 XMinioStorageFull"])
+def test_a_store_that_takes_no_more_is_known_as_such(service: Service, fault: str) -> None:
+    service.fault, service.away = fault, 10_000
+    with pytest.raises(StoreFull, match=r"cannot be used: (the quota of the bucket is used up|its disks are full)\."):
+        Directory(STORE).create("a", b"")
 
 
 def test_before_anything_begins_an_outage_is_told_at_once_and_to_the_user(service: Service) -> None:
