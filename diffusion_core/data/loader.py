@@ -9,20 +9,16 @@ that does not fit in memory is read window by window in exactly the order that m
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from functools import lru_cache
 
 import numpy as np
 
 from diffusion_core.config import UserError
 from diffusion_core.data.shards import Batch, ImageDataset
 from diffusion_core.diffusion.noise import keyed_permutation
-
-KeyT = TypeVar("KeyT")
-ValueT = TypeVar("ValueT")
 
 
 @dataclass(frozen=True)
@@ -75,12 +71,13 @@ class Loader:
         self._shard_rows = np.array([record["rows"] for record in self._records], np.int64)
         self._shard_start = np.concatenate([[0], np.cumsum(self._shard_rows)])
         self.num_rows = int(self._shard_start[-1])
-        self.state_is_in_memory = sum(record["memory_bytes"] for record in self._records) <= memory_budget_bytes
-        self._windows = _Recent[int, list[_Window]](self._plan_epoch, keep=3)
-        self._orders = _Recent[_Window, np.ndarray](self._order, keep=4)
+        self.in_memory = sum(record["memory_bytes"] for record in self._records) <= memory_budget_bytes
+        # Only the last few are asked for again and again.
+        self._windows = lru_cache(maxsize=3)(self._plan_epoch)
+        self._orders = lru_cache(maxsize=4)(self._order)
         self._lock = threading.Lock()
-        self._all = self._load(range(len(self._records))) if self.state_is_in_memory else None
-        self._stream = None if self.state_is_in_memory else _Stream(self._load, self._following)
+        self._all = self._load(range(len(self._records))) if self.in_memory else None
+        self._stream = None if self.in_memory else _Stream(self._load, self._following)
 
     def __len__(self) -> int:
         """Rows of the split: the images of one epoch."""
@@ -104,7 +101,7 @@ class Loader:
         with self._lock:
             for window, slots, offsets in self._by_window(positions):
                 block = self._all or self._stream.get(window)  # type: ignore[union-attr]
-                rows = self._orders[window][offsets - window.first]
+                rows = self._orders(window)[offsets - window.first]
                 images[slots] = block.images[rows]
                 if labels is not None and block.labels is not None:
                     labels[slots] = block.labels[rows]
@@ -122,7 +119,7 @@ class Loader:
         """Each window that is needed, forwards, with the slots of the batch that it fills and their epoch offsets."""
         epochs, offsets = np.divmod(positions, self.num_rows)
         for epoch in np.unique(epochs):
-            windows = self._windows[int(epoch)]
+            windows = self._windows(int(epoch))
             which = np.searchsorted([window.first for window in windows], offsets, side="right") - 1
             for index in np.unique(which[epochs == epoch]):
                 slots = np.flatnonzero((epochs == epoch) & (which == index))
@@ -142,13 +139,13 @@ class Loader:
         """(last - first,) int64: the row, in the block that is in memory, of each offset of the window."""
         purpose = f"data.rows.{window.epoch}.{window.index}"
         order = np.asarray(keyed_permutation(self.seed, purpose, window.last - window.first))
-        if not self.state_is_in_memory:
+        if not self.in_memory:
             return order
         spans = [np.arange(self._shard_start[shard], self._shard_start[shard + 1]) for shard in window.shards]
         return np.concatenate(spans)[order]
 
     def _following(self, window: _Window) -> _Window:
-        windows = self._windows[window.epoch]
+        windows = self._windows(window.epoch)
         return windows[window.index + 1] if window.index + 1 < len(windows) else self._plan_epoch(window.epoch + 1)[0]
 
     def _load(self, shards: Sequence[int]) -> _Block:
@@ -200,19 +197,3 @@ class _Stream:
         # never in memory beside two others.
         for window in [window for window in self._held if window != kept]:
             self._held.pop(window).cancel()
-
-
-class _Recent(Generic[KeyT, ValueT]):
-    """The values of a function at the last few keys."""
-
-    def __init__(self, compute: Callable[[KeyT], ValueT], keep: int) -> None:
-        self._compute, self._keep = compute, keep
-        self._values: OrderedDict[KeyT, ValueT] = OrderedDict()
-
-    def __getitem__(self, key: KeyT) -> ValueT:
-        if key not in self._values:
-            self._values[key] = self._compute(key)
-        self._values.move_to_end(key)
-        while len(self._values) > self._keep:
-            self._values.popitem(last=False)
-        return self._values[key]

@@ -61,7 +61,7 @@ def test_memory_and_stream_serve_the_defined_order(tmp_path_factory, rows, per_s
     wanted = joined(the_order(rows, per_shard, window, seed, epoch) for epoch in range(1 + 150 // rows))[:150]
     for budget in (1 << 30, 0):
         loader = Loader(dataset, seed=seed, window_shards=window, memory_budget_bytes=budget)
-        assert loader.state_is_in_memory == (budget > 0)
+        assert loader.in_memory == (budget > 0)
         edges = [0, *sorted(cuts), 150]
         served = [loader.take(np.arange(a, b)) for a, b in itertools.pairwise(edges)]
         assert joined(numbers(batch) for batch in served) == wanted

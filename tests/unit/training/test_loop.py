@@ -307,7 +307,7 @@ def test_a_dataset_beyond_the_memory_budget_streams_the_same_batches(store, data
     spec = toy_spec(dataset)
     run = open_run(store, spec)
     train(spec, run)
-    assert not made[0].state_is_in_memory
+    assert not made[0].in_memory
     assert_same_weights(run, straight[0])
 
 
