@@ -17,17 +17,9 @@ import numpy as np
 from diffusion_core.config import UserError
 from diffusion_core.data.config import LabelSource, SplitSource
 from diffusion_core.data.shards import SPLITS
-from diffusion_core.data.sources.base import (
-    UNKNOWN,
-    Item,
-    Reader,
-    Scan,
-    Source,
-    class_numbers,
-    distinct_values,
-    label_gaps,
-)
+from diffusion_core.data.sources.base import Item, Reader, Scan, Source
 from diffusion_core.data.sources.hashed import HashedFile
+from diffusion_core.data.sources.labels import UNKNOWN, class_numbers, distinct_values, label_gaps
 from diffusion_core.data.transforms import RejectedItem
 from diffusion_core.storage import Directory
 
@@ -120,7 +112,7 @@ class ArraySource(Source):
         ]
         total = sum(array.shape[0] for array in arrays)
         numbers, names = self._labels(arrays, labels)
-        numbers, alive, gaps = label_gaps(numbers, np.arange(total), reader)
+        numbers, alive, gaps = label_gaps(numbers, np.arange(total), reader.key)
         broken = [(file.key, file.problem) for file in self.files if file.problem]
         return Scan(
             reader=reader,

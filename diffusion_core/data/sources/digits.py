@@ -12,7 +12,8 @@ import numpy as np
 
 from diffusion_core.config import UserError
 from diffusion_core.data.config import LabelSource, SourceConfig, SourceKind
-from diffusion_core.data.sources.base import UNKNOWN, Item, Reader, Scan, Source, class_numbers, distinct_values
+from diffusion_core.data.sources.base import Item, Reader, Scan, Source
+from diffusion_core.data.sources.labels import UNKNOWN, class_numbers, distinct_values
 from diffusion_core.data.sources.listing import SourceFile
 from diffusion_core.storage import Directory
 

@@ -19,20 +19,17 @@ import pyarrow as pa
 
 from diffusion_core.config import UserError
 from diffusion_core.data.config import LabelSource, SourceKind, SplitSource
-from diffusion_core.data.sources.base import (
-    LABEL_COLUMNS,
-    TEXT_COLUMNS,
-    Item,
-    Reader,
-    Scan,
-    Source,
+from diffusion_core.data.sources.base import Item, Reader, Scan, Source
+from diffusion_core.data.sources.hashed import read_each, read_hashed
+from diffusion_core.data.sources.labels import (
+    USUAL_COLUMNS,
     class_numbers,
     distinct_values,
+    find_column,
     label_gaps,
     split_named,
     split_numbers,
 )
-from diffusion_core.data.sources.hashed import read_each, read_hashed
 from diffusion_core.data.sources.listing import IMAGE_SUFFIXES, SourceFile, suffix
 from diffusion_core.storage import Directory
 
@@ -100,7 +97,7 @@ class FolderSource(Source):
             splits = [rows[key].split if key in rows else None for key in keys]
         alive = np.array([item for item, key in enumerate(keys) if key not in unnamed], np.int64)
         labels, names = self._labels(keys, folders, rows)
-        labels, alive, gaps = label_gaps(labels, alive, reader)
+        labels, alive, gaps = label_gaps(labels, alive, reader.key)
         images = [*broken, *odd, *gaps]
         return Scan(
             reader=reader,
@@ -198,17 +195,7 @@ class FolderSource(Source):
         """Which column of a metadata file holds labels, captions and splits."""
         if "file_name" not in fields:
             raise UserError(f"source.uri: {key} has no column file_name; its columns are {', '.join(fields)}.")
-        chosen = {
-            "label": (self.config.label_column, LABEL_COLUMNS),
-            "text": (self.config.text_column, TEXT_COLUMNS),
-            "split": (self.config.split_column, ("split",)),
-        }
-        columns: dict[str, str | None] = {}
-        for what, (named, usual) in chosen.items():
-            if named and named not in fields:
-                raise UserError(f"source.{what}_column: {named} is not in {key}; its columns are {', '.join(fields)}.")
-            columns[what] = named or next((column for column in usual if column in fields), None)
-        return columns
+        return {what: find_column(what, self.config, key, fields) for what in USUAL_COLUMNS}
 
 
 def _is_metadata(key: str) -> bool:

@@ -14,8 +14,9 @@ import numpy as np
 from diffusion_core.config import UserError
 from diffusion_core.data.config import SourceKind
 from diffusion_core.data.sources.arrays import UNREADABLE, ArrayReader, ArraySource, ImageArray, checked_shape
-from diffusion_core.data.sources.base import Scan, split_in
+from diffusion_core.data.sources.base import Scan
 from diffusion_core.data.sources.hashed import HashedFile
+from diffusion_core.data.sources.labels import split_in
 from diffusion_core.data.sources.listing import SourceFile
 from diffusion_core.patience import StoreUnavailable
 from diffusion_core.storage import Directory

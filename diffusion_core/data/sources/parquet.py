@@ -17,18 +17,17 @@ import pyarrow.parquet as pq
 from diffusion_core.config import UserError
 from diffusion_core.data.config import LabelSource, SourceKind, SplitSource
 from diffusion_core.data.shards import SPLITS
-from diffusion_core.data.sources.base import (
-    LABEL_COLUMNS,
-    TEXT_COLUMNS,
+from diffusion_core.data.sources.base import Scan, Source
+from diffusion_core.data.sources.hashed import HashedFile
+from diffusion_core.data.sources.labels import (
     UNKNOWN,
-    Scan,
-    Source,
+    USUAL_COLUMNS,
     class_numbers,
+    find_column,
     label_gaps,
     split_in,
     split_named,
 )
-from diffusion_core.data.sources.hashed import HashedFile
 from diffusion_core.data.sources.listing import IMAGE_SUFFIXES, SourceFile, look, suffix
 from diffusion_core.data.sources.parquet_reader import ImageTable, ParquetReader, named_files
 from diffusion_core.data.transforms import RejectedItem
@@ -122,7 +121,7 @@ class ParquetSource(Source):
             (reader.key(int(item)), "its split is none of train, validation, test")
             for item in np.flatnonzero(splits == _OTHER_SPLIT)
         ]
-        labels, alive, gaps = label_gaps(labels, alive, reader)
+        labels, alive, gaps = label_gaps(labels, alive, reader.key)
         lost = len(rejected) * max(1, len(splits) // len(files))  # a lost file counts as many images as the others hold
         return Scan(
             reader=reader,
@@ -140,7 +139,9 @@ class ParquetSource(Source):
             raise UserError(f"source.labels: {self.config.labels.value} is for folders of images; Parquet has column.")
         if self.config.labels is LabelSource.NONE or not any(file.label for file in files):
             if self.config.labels is LabelSource.COLUMN:
-                raise UserError(f"source.labels: {self.config.uri} has no column {' or '.join(LABEL_COLUMNS)}.")
+                raise UserError(
+                    f"source.labels: {self.config.uri} has no column {' or '.join(USUAL_COLUMNS['label'])}."
+                )
             return None, []
         everything = [value for distinct, _ in columns for value in distinct]
         declared = next((file.declared for file in files if file.declared), None)
@@ -155,14 +156,14 @@ class ParquetSource(Source):
 
     def _describe(self, hashed: HashedFile, parquet: pq.ParquetFile, first: int) -> ImageTable:
         key, schema, metadata = hashed.key, parquet.schema_arrow, parquet.metadata
-        label = _column(key, "label", schema, self.config.label_column, LABEL_COLUMNS)
+        label = find_column("label", self.config, key, schema.names)
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
         return ImageTable(
             hashed=hashed,
             image=self._image_column(key, schema),
             label=None if self.config.labels is LabelSource.NONE else label,
-            text=_column(key, "text", schema, self.config.text_column, TEXT_COLUMNS),
-            split=_column(key, "split", schema, self.config.split_column, ("split",)),
+            text=find_column("text", self.config, key, schema.names),
+            split=find_column("split", self.config, key, schema.names),
             declared=_class_label(schema, label),
             first=first,
             group_rows=tuple(group.num_rows for group in groups),
@@ -213,12 +214,6 @@ def _distinct(column: pa.ChunkedArray) -> tuple[list[Any], np.ndarray]:
         column = column.cast(column.type.value_type)
     encoded = column.combine_chunks().dictionary_encode(null_encoding="encode")
     return encoded.dictionary.to_pylist(), encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
-
-
-def _column(key: str, what: str, schema: pa.Schema, named: str | None, usual: tuple[str, ...]) -> str | None:
-    if named and named not in schema.names:
-        raise UserError(f"source.{what}_column: {named} is not in {key}; its columns are {', '.join(schema.names)}.")
-    return named or next((name for name in usual if name in schema.names), None)
 
 
 def _holds_images(kind: pa.DataType) -> bool:
