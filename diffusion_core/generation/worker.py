@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -136,7 +137,7 @@ class _Watched(nn.Module):
         self, network: nn.Module, precision: SamplingPrecision, device: torch.device, layout: torch.memory_format
     ) -> None:
         super().__init__()
-        self.network = network
+        self.network = _rounded(network) if precision is SamplingPrecision.BFLOAT16 else network
         self.null_label = getattr(network, "null_label", 0)  # the label that means no label
         self.precision, self.device, self.layout = precision, device, layout
         self.bad = torch.zeros(0, dtype=torch.bool)
@@ -156,6 +157,15 @@ class _Watched(nn.Module):
         if self.precision is SamplingPrecision.BFLOAT16:
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
+
+
+def _rounded(network: nn.Module) -> nn.Module:
+    """A copy whose weights are rounded once, where autocast would round them at every call: to the same numbers."""
+    copied = copy.deepcopy(network)
+    for module in copied.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.to(torch.bfloat16)
+    return copied
 
 
 class ShardWorker:

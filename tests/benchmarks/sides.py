@@ -70,8 +70,6 @@ class Ours:
         self.batches = Batches(_Images(shape), training, world, CLASSES, TIMESTEPS)  # type: ignore[arg-type]
         self.images_seen = 0
         network = build_network(shape.network, shape.image_shape, CLASSES).to(device).eval().requires_grad_(False)
-        if compiled:
-            network.compile(dynamic=False)
         generation = GenerationConfig(
             sampler=SamplerConfig(kind="ddim", steps=shape.steps, threshold="static"),
             batch_size=shape.sample_batch,
@@ -84,6 +82,8 @@ class Ours:
             config=SimpleNamespace(image_shape=shape.image_shape),
         )
         self.generator = Generator(bundle, generation, device)  # type: ignore[arg-type]
+        if compiled:
+            self.generator._network.network.compile(dynamic=False)
 
     @property
     def parameters(self) -> int:

@@ -90,6 +90,19 @@ def test_an_unconditional_model_of_colour_images_that_are_not_square(uncondition
     np.testing.assert_array_equal(generator.images(np.arange(9, 10), Labels(0).of), images[9:])
 
 
+def test_bfloat16_gives_the_bits_of_autocast_and_leaves_the_weights_of_the_bundle_alone(bundle_uri):
+    bundle = load_bundle(bundle_uri)
+    generator = Generator(bundle, GenerationConfig(batch_size=8, precision="bfloat16"))
+    generator._network.watch(8)
+    x_t, t, label = torch.randn(8, 1, 8, 8), torch.full((8,), 500.0), torch.arange(8)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected = bundle.network(x_t, t, label).float()
+    with torch.inference_mode():
+        assert torch.equal(generator._network(x_t, t, label), expected)
+    assert generator._network.network.conv_in.weight.dtype is torch.bfloat16, "rounded once, not at every call"
+    assert all(weight.dtype is torch.float32 for weight in bundle.network.parameters())
+
+
 def test_bfloat16_is_close_and_deterministic(bundle_uri):
     exact = make_generator(bundle_uri, sampler={"steps": 1}).images(np.arange(8), BALANCED).astype(int)
     rough = make_generator(bundle_uri, precision="bfloat16", sampler={"steps": 1})
