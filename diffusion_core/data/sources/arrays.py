@@ -9,15 +9,16 @@ import zipfile
 import zlib
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from diffusion_core.config import UserError
 from diffusion_core.data.config import LabelSource, SplitSource
 from diffusion_core.data.shards import SPLITS
-from diffusion_core.data.sources.base import Item, Reader, Scan, Source
+from diffusion_core.data.sources.base import Item, Reader, Scan, Source, by_part, part_of
 from diffusion_core.data.sources.hashed import HashedFile
 from diffusion_core.data.sources.labels import UNKNOWN, class_numbers, distinct_values, label_gaps
 from diffusion_core.data.transforms import RejectedItem
@@ -40,6 +41,10 @@ class ImageArray:
     split: str | None
 
     @property
+    def rows(self) -> int:
+        return self.shape[0]
+
+    @property
     def row_bytes(self) -> int:
         return math.prod(self.shape[1:])
 
@@ -47,6 +52,7 @@ class ImageArray:
         return f"{self.file.key}#{self.member}{'/' if self.member else ''}{row}"
 
 
+@dataclass(frozen=True)
 class ArrayReader(Reader):
     """Reads arrays from their beginning, in blocks; what lies between the wanted rows is passed over."""
 
@@ -54,28 +60,25 @@ class ArrayReader(Reader):
     arrays: tuple[ImageArray, ...]
 
     @abstractmethod
-    def open(self, array: ImageArray) -> BinaryIO:
-        """The uncompressed bytes of an array's file."""
+    def open(self, array: ImageArray) -> AbstractContextManager[Any]:
+        """The uncompressed bytes of an array's file, as a stream."""
 
     def key(self, item: int) -> str:
-        array = self.arrays[int(np.searchsorted([array.first for array in self.arrays], item, side="right")) - 1]
+        array = part_of(item, self.arrays)
         return array.item_key(item - array.first)
 
     def chunks(self) -> list[range]:
         return [
-            range(array.first + start, array.first + min(start + rows, array.shape[0]))
+            range(array.first + start, array.first + min(start + rows, array.rows))
             for array in self.arrays
             for rows in [max(1, _CHUNK_BYTES // array.row_bytes)]
-            for start in range(0, array.shape[0], rows)
+            for start in range(0, array.rows, rows)
         ]
 
     def read(self, items: np.ndarray) -> Iterator[Item]:
-        order = np.argsort(items, kind="stable")
-        for array in self.arrays:
-            low, high = np.searchsorted(items[order], (array.first, array.first + array.shape[0]))
-            if low < high:
-                with array.file.unchanged():
-                    yield from self._read(array, order[low:high], items[order[low:high]] - array.first)
+        for array, slots, rows in by_part(items, self.arrays):
+            with array.file.unchanged():
+                yield from self._read(array, slots, rows)
 
     def _read(self, array: ImageArray, slots: np.ndarray, rows: np.ndarray) -> Iterator[Item]:
         """`rows` (sorted) of one array; those that cannot be read come with the reason."""
@@ -85,7 +88,7 @@ class ArrayReader(Reader):
             with self.open(array) as stream:
                 _skip(stream, array.offset)
                 for start in range(0, int(rows[-1]) + 1, block):
-                    count = min(block, array.shape[0] - start)
+                    count = min(block, array.rows - start)
                     data = stream.read(count * array.row_bytes)
                     whole = len(data) // array.row_bytes
                     pixels = np.frombuffer(data, np.uint8, whole * array.row_bytes).reshape(whole, *array.shape[1:])
@@ -107,10 +110,9 @@ class ArraySource(Source):
 
     def _scan(self, reader: Reader, arrays: Sequence[ImageArray], labels: Sequence[np.ndarray | None]) -> Scan:
         splits = [
-            np.full(array.shape[0], SPLITS.index(array.split) if self._use(array) else UNKNOWN, np.int8)
-            for array in arrays
+            np.full(array.rows, SPLITS.index(array.split) if self._use(array) else UNKNOWN, np.int8) for array in arrays
         ]
-        total = sum(array.shape[0] for array in arrays)
+        total = sum(array.rows for array in arrays)
         numbers, names = self._labels(arrays, labels)
         numbers, alive, gaps = label_gaps(numbers, np.arange(total), reader.key)
         broken = [(file.key, file.problem) for file in self.files if file.problem]
@@ -140,7 +142,7 @@ class ArraySource(Source):
         values = [
             value
             for array, part in zip(arrays, labels, strict=True)
-            for value in (part.tolist() if part is not None else [None] * array.shape[0])
+            for value in (part.tolist() if part is not None else [None] * array.rows)
         ]
         distinct, which = distinct_values(values)
         numbers, names = class_numbers(distinct, self.config)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, Protocol, TypeVar
 
 import numpy as np
 
@@ -53,6 +54,33 @@ class Reader(ABC):
     def chunks(self) -> list[range]:
         """Ranges of item numbers that are read together, for sources without random access."""
         return []
+
+
+class Part(Protocol):
+    """Some of a source's items that lie in one file, one after the other."""
+
+    @property
+    def first(self) -> int:
+        """Number of its first item."""
+
+    @property
+    def rows(self) -> int: ...
+
+
+PartT = TypeVar("PartT", bound=Part)
+
+
+def part_of(item: int, parts: Sequence[PartT]) -> PartT:
+    return parts[bisect_right(parts, item, key=lambda part: part.first) - 1]
+
+
+def by_part(items: np.ndarray, parts: Sequence[PartT]) -> Iterator[tuple[PartT, np.ndarray, np.ndarray]]:
+    """Each part that holds any of `items`, with their slots and their rows in the part, sorted by row."""
+    order = np.argsort(items, kind="stable")
+    for part in parts:
+        low, high = np.searchsorted(items[order], (part.first, part.first + part.rows))
+        if low < high:
+            yield part, order[low:high], items[order[low:high]] - part.first
 
 
 @dataclass(frozen=True)

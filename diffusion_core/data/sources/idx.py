@@ -6,8 +6,8 @@ import gzip
 import re
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import BinaryIO
+from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 
@@ -19,19 +19,14 @@ from diffusion_core.data.sources.hashed import HashedFile
 from diffusion_core.data.sources.labels import split_in
 from diffusion_core.data.sources.listing import SourceFile
 from diffusion_core.patience import StoreUnavailable
-from diffusion_core.storage import Directory
 
 
 def is_idx(key: str) -> bool:
     return re.search(r"[.-]ubyte(\.gz)?$|\.idx(\.gz)?$", key) is not None
 
 
-@dataclass(frozen=True)
 class IdxReader(ArrayReader):
-    place: Directory
-    arrays: tuple[ImageArray, ...]
-
-    def open(self, array: ImageArray) -> BinaryIO:
+    def open(self, array: ImageArray) -> AbstractContextManager[Any]:
         return _open_idx(array.file)
 
 
@@ -54,7 +49,7 @@ class IdxSource(ArraySource):
             shape, offset = self._header(file)
             if len(shape) not in (3, 4):
                 raise UserError(f"source.uri: {key} has {len(shape)} dimensions; images have 3, or 4 with channels.")
-            first = sum(array.shape[0] for array in arrays)
+            first = sum(array.rows for array in arrays)
             shape = checked_shape(key, shape, 1100 * file.listed.size)  # deflate packs at most 1032 to 1
             arrays.append(ImageArray(file, "", shape, offset, first, split_in(key)))
             labels.append(self._labels_of(key, files, shape[0]))
@@ -99,6 +94,6 @@ class IdxSource(ArraySource):
         return shape, 4 + 4 * dimensions
 
 
-def _open_idx(file: HashedFile) -> BinaryIO:
-    stream = file.place.open(file.key)
-    return gzip.GzipFile(fileobj=stream) if file.key.endswith(".gz") else stream  # type: ignore[return-value]
+def _open_idx(file: HashedFile) -> AbstractContextManager[Any]:
+    stream: Any = file.place.open(file.key)
+    return gzip.GzipFile(fileobj=stream) if file.key.endswith(".gz") else stream

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import IO, BinaryIO
+from contextlib import contextmanager
+from typing import IO
 
 import numpy as np
 
@@ -17,22 +16,17 @@ from diffusion_core.data.sources.base import Scan
 from diffusion_core.data.sources.hashed import HashedFile
 from diffusion_core.data.sources.listing import SourceFile, suffix
 from diffusion_core.patience import StoreUnavailable
-from diffusion_core.storage import Directory
 
 
-@dataclass(frozen=True)
 class NpzReader(ArrayReader):
-    place: Directory
-    arrays: tuple[ImageArray, ...]
-
     @contextmanager
-    def _opened(self, array: ImageArray) -> Iterator[IO[bytes]]:
-        with ExitStack() as stack:
-            archive = stack.enter_context(zipfile.ZipFile(self.place.open(array.file.key)))
-            yield stack.enter_context(archive.open(f"{array.member}.npy"))
-
-    def open(self, array: ImageArray) -> BinaryIO:
-        return self._opened(array)  # type: ignore[return-value]
+    def open(self, array: ImageArray) -> Iterator[IO[bytes]]:
+        with (
+            self.place.open(array.file.key) as file,
+            zipfile.ZipFile(file) as archive,
+            archive.open(f"{array.member}.npy") as stream,
+        ):
+            yield stream
 
 
 class NpzSource(ArraySource):
@@ -77,7 +71,7 @@ class NpzSource(ArraySource):
             values = None if label is None else archive[label].reshape(-1)
             if values is not None and len(values) != shape[0]:
                 raise UserError(f"source.uri: {key} has {shape[0]} {images} and {len(values)} {label}.")
-            first = sum(array.shape[0] for array in arrays)
+            first = sum(array.rows for array in arrays)
             shape = checked_shape(f"{images} of {key}", shape, size - offset)
             arrays.append(ImageArray(file, images, shape, offset, first, split))
             labels.append(values)

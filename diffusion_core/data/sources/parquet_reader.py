@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from diffusion_core.data.sources.base import Item, Reader
+from diffusion_core.data.sources.base import Item, Reader, by_part, part_of
 from diffusion_core.data.sources.hashed import HashedFile, read_each
 from diffusion_core.data.transforms import RejectedItem
 from diffusion_core.storage import Directory
@@ -58,7 +58,7 @@ class ParquetReader(Reader):
         return self.named_bytes > sum(file.hashed.listed.size for file in self.files)
 
     def key(self, item: int) -> str:
-        file = self.files[int(np.searchsorted([file.first for file in self.files], item, side="right")) - 1]
+        file = part_of(item, self.files)
         return f"{file.key}#{item - file.first}"
 
     def chunks(self) -> list[range]:
@@ -76,12 +76,8 @@ class ParquetReader(Reader):
         return chunks
 
     def read(self, items: np.ndarray) -> Iterator[Item]:
-        order = np.argsort(items, kind="stable")
-        for file in self.files:
-            low, high = np.searchsorted(items[order], (file.first, file.first + file.rows))
-            if low < high:
-                slots = order[low:high]
-                yield from self._read_file(file, slots, items[slots] - file.first)
+        for file, slots, rows in by_part(items, self.files):
+            yield from self._read_file(file, slots, rows)
 
     def _read_file(self, file: ImageTable, slots: np.ndarray, rows: np.ndarray) -> Iterator[Item]:
         """`rows` (sorted) of one file."""
