@@ -6,7 +6,6 @@ time and makes the same bytes. A worker holds the pixels of one shard and one en
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,18 +14,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from diffusion_core.config import UserError
 from diffusion_core.data.config import DatasetConfig
 from diffusion_core.data.shards import SPLITS, Batch, ImageDataset, Record, Shape, commit_shard, write_rejected
 from diffusion_core.data.sources import Item, Reader, Scan
+from diffusion_core.data.spool import WORK, read_spool
 from diffusion_core.data.transforms import RejectedItem, Transform, image_size
 from diffusion_core.storage import Directory
-
-WORK = "work"  # what a job has done so far; removed when the manifest is written
-SPOOL_ABOVE_BYTES = 4 << 30
 
 KILLED = "its decoder crashed: the process that read it died, at every attempt"
 
@@ -78,7 +73,7 @@ class Plan:
         `without` are not read."""
         positions = np.array([position for position in range(start, stop) if position not in without], np.int64)
         if self.spooled is not None:
-            yield from _read_spool(self.directory, self.spooled, positions, start)
+            yield from read_spool(self.directory, self.spooled, positions, start)
             return
         for item in self.reader.read(self.order[positions]):
             yield replace(item, slot=int(positions[item.slot]) - start)
@@ -106,43 +101,6 @@ def make_plan(directory: Directory, scan: Scan, config: DatasetConfig) -> Plan:
     order = np.concatenate(list(orders.values()))
     labels = None if scan.labels is None else scan.labels[order]
     return Plan(directory, scan.reader, transform, tuple(spans), order, labels, scan.has_text)
-
-
-def spool_chunks(plan: Plan, source_bytes: int) -> list[range]:
-    """Ranges of items to spool first; empty if every shard had better read the source itself.
-
-    A source without random access is read once for every shard. Where that is too much, each chunk of it is read once
-    and written in the order of positions, so that a shard reads its own part of every chunk.
-    """
-    if plan.reader.random_access or source_bytes * len(plan.shards) <= SPOOL_ABOVE_BYTES:
-        return []
-    return plan.reader.chunks()
-
-
-def spool_chunk(plan: Plan, positions: np.ndarray, number: int, chunk: range) -> None:
-    """Write the items of one chunk, still encoded, sorted by position. `positions`: (N,) of every item, -1 for none."""
-    key = _spool_file(number)
-    if plan.directory.exists(key):
-        return
-    items = np.arange(chunk.start, chunk.stop)
-    items = items[positions[items] >= 0]
-    found = sorted(
-        ((int(positions[items[item.slot]]), item) for item in plan.reader.read(items)), key=lambda row: row[0]
-    )
-    arrays = [item.content if isinstance(item.content, np.ndarray) else None for _, item in found]
-    table = pa.table(
-        {
-            "position": pa.array([position for position, _ in found], pa.int64()),
-            "key": pa.array([item.key for _, item in found], pa.large_string()),
-            "text": pa.array([item.text for _, item in found], pa.large_string()),
-            "content": pa.array([_payload(item) for _, item in found], pa.large_binary()),
-            "shape": pa.array([None if array is None else array.shape for array in arrays], pa.list_(pa.int32())),
-            "problem": pa.array([str(c) if isinstance(c := item.content, RejectedItem) else None for _, item in found]),
-        }
-    )
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", row_group_size=max(16, len(found) // 64))
-    plan.directory.create(key, sink.getvalue())
 
 
 def make_shard(plan: Plan, index: int, killers: frozenset[int] = frozenset()) -> ShardWork:
@@ -233,18 +191,6 @@ def _too_many(directory: Directory, images: int, total: int, config: DatasetConf
     )
 
 
-def positions_of_items(plan: Plan) -> np.ndarray:
-    """The inverse of the plan's order: (N,) int64 position of every item number, -1 for items that are not planned."""
-    positions = np.full(int(plan.order.max()) + 1, -1, np.int64)
-    positions[plan.order] = np.arange(len(plan.order))
-    return positions
-
-
-def with_spool(plan: Plan, chunks: int) -> Plan:
-    """The plan, reading from the spool."""
-    return replace(plan, spooled=chunks)
-
-
 def _split_orders(scan: Scan, config: DatasetConfig) -> dict[str, np.ndarray]:
     """Item numbers of each split that has any, in their final order."""
     from diffusion_core.diffusion.noise import keyed_permutation  # torch: not needed to find that all is done
@@ -288,35 +234,6 @@ def _common_size(scan: Scan, config: DatasetConfig) -> tuple[int, int]:
     )
 
 
-def _read_spool(directory: Directory, chunks: int, positions: np.ndarray, start: int) -> Iterator[Item]:
-    """The items at these positions (sorted); slots count from `start`."""
-    if not len(positions):
-        return
-    for number in range(chunks):
-        with directory.open(_spool_file(number)) as stream:
-            file = pq.ParquetFile(stream)
-            for group in range(file.num_row_groups):
-                statistics = file.metadata.row_group(group).column(0).statistics
-                if statistics.min <= positions[-1] and statistics.max >= positions[0]:
-                    yield from _spooled_items(file.read_row_group(group), positions, start)
-
-
-def _spooled_items(table: pa.Table, positions: np.ndarray, start: int) -> Iterator[Item]:
-    for row in table.filter(np.isin(table["position"], positions)).to_pylist():
-        content: bytes | np.ndarray | RejectedItem = row["content"]
-        if row["problem"] is not None:
-            content = RejectedItem(row["problem"])
-        elif row["shape"] is not None:
-            content = np.frombuffer(row["content"], np.uint8).reshape(row["shape"])
-        yield Item(row["position"] - start, row["key"], content, row["text"])
-
-
-def _payload(item: Item) -> bytes | None:
-    if isinstance(item.content, RejectedItem):
-        return None
-    return item.content.tobytes() if isinstance(item.content, np.ndarray) else item.content
-
-
 def _reasons(rejected: Sequence[Rejected]) -> str:
     """The three most common reasons, without their details."""
     common = Counter(reason.partition(":")[0] for _, reason in rejected).most_common(3)
@@ -325,7 +242,3 @@ def _reasons(rejected: Sequence[Rejected]) -> str:
 
 def _record_file(index: int) -> str:
     return f"{WORK}/part-{index:05d}.json"
-
-
-def _spool_file(number: int) -> str:
-    return f"{WORK}/spool-{number:05d}.parquet"

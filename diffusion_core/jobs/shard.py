@@ -23,7 +23,6 @@ from diffusion_core.config import digest, identity
 from diffusion_core.data.hashing import HashCache, Hashed, dataset_version, hash_files
 from diffusion_core.data.sharding import (
     KILLED,
-    WORK,
     Plan,
     Rejected,
     ShardSpan,
@@ -33,16 +32,13 @@ from diffusion_core.data.sharding import (
     finished_shards,
     make_plan,
     make_shard,
-    positions_of_items,
-    spool_chunk,
-    spool_chunks,
     try_images,
-    with_spool,
 )
 from diffusion_core.data.shards import MANIFEST, ImageDataset, commit_dataset, open_dataset
 from diffusion_core.data.sources import Scan, Source, open_source
 from diffusion_core.data.sources.hashed import SourceChanged
 from diffusion_core.data.sources.listing import SourceFile
+from diffusion_core.data.spool import WORK, positions_of_items, spool_chunk, spool_chunks, with_spool
 from diffusion_core.jobs.cluster import ray_session
 from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.requests import Resources, ShardRequest, ShardResult

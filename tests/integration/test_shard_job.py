@@ -15,7 +15,7 @@ import pytest
 import ray
 
 from diffusion_core.config import UserError
-from diffusion_core.data import sharding
+from diffusion_core.data import spool
 from diffusion_core.data.config import DatasetConfig, SourceConfig
 from diffusion_core.data.hashing import HashCache
 from diffusion_core.data.shards import open_dataset
@@ -151,7 +151,7 @@ def test_a_large_source_is_hashed_and_spooled_by_the_cluster(ray_cluster, tmp_pa
         )
     wanted = request(store, {"uri": str(tmp_path / "source")}, rows_per_shard=20)
     plain = shard_here(tmp_path / "plain", wanted.source, wanted.dataset)
-    monkeypatch.setattr(sharding, "SPOOL_ABOVE_BYTES", 0)
+    monkeypatch.setattr(spool, "SPOOL_ABOVE_BYTES", 0)
     monkeypatch.setattr(shard, "HASH_HERE_FILES", 0)
     result = shard.run(wanted)
     assert (result.rejected, result.version) == (3, plain.version)

@@ -14,17 +14,11 @@ from diffusion_core.config import UserError
 from diffusion_core.data import sharding
 from diffusion_core.data.config import DatasetConfig, SourceConfig
 from diffusion_core.data.hashing import HashCache, hash_files
-from diffusion_core.data.sharding import (
-    make_plan,
-    make_shard,
-    positions_of_items,
-    spool_chunk,
-    spool_chunks,
-    with_spool,
-)
+from diffusion_core.data.sharding import make_plan, make_shard
 from diffusion_core.data.shards import open_dataset
 from diffusion_core.data.sources import base, open_source
 from diffusion_core.data.sources.digits import digits_from_uint8
+from diffusion_core.data.spool import positions_of_items, spool_chunk, spool_chunks, with_spool
 from diffusion_core.data.transforms import Transform
 from diffusion_core.storage import Directory
 from tests.image_files import BROKEN, encoded, pixels, shard_here, write_images, write_parquet
