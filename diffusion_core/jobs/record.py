@@ -37,17 +37,19 @@ def open_recorder(store: str, run: RunDirectory, spec: TrainSpec, experiment: st
 
 
 def record_afterwards(store: str, run: RunDirectory, experiment: str) -> str:
-    """Id of the MLflow run of a finished run; one that was trained without MLflow gets it now.
+    """Id of the MLflow run of a run that was finished without MLflow: made now, or now told what it did not hear of.
 
     Raises:
         UserError: MLflow is away.
     """
-    if known := recorded_mlflow_run(run):
+    known, figures = recorded_mlflow_run(run), kept_figures(run.directory)
+    marker = f"recorded/{figures[-1][0] if figures else 0}.json"
+    if known and run.directory.exists(marker):
         return known
     spec = TrainSpec.model_validate(run.directory.read_json("run.json")["spec"])
-    recorder = _recorder(store, run, spec, experiment)
-    for images_seen, figures in kept_figures(run.directory):
-        recorder.log(images_seen, figures)
+    recorder = _recorder(store, run, spec, experiment, known)
+    for images_seen, values in figures:
+        recorder.log(images_seen, values)
     for name, png in kept_pictures(run.directory).items():
         recorder.image(name, png)
     recorder.settle(_PATIENCE_S)
@@ -55,6 +57,7 @@ def record_afterwards(store: str, run: RunDirectory, experiment: str) -> str:
     if left := recorder.settle(0):
         raise UserError(f"MLflow did not take {left[0]} of the run {run.run_id}: try again when it is back.")
     _commit(run, recorder)
+    run.directory.create_json(marker, {"mlflow_run_id": recorded_mlflow_run(run)})
     return str(recorded_mlflow_run(run))
 
 

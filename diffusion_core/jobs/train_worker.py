@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 PROGRESS = "progress.json"
 _LOOK_S = 1.0
 _LOOK_PATIENCE_S = 10.0
+_SETTLE_S = 5.0  # for the figures of a run that broke
+_MLFLOW = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}  # the recorder tries again
 
 
 def stop_key(attempt: int) -> str:
@@ -67,7 +69,10 @@ def work(order: dict[str, Any]) -> dict[str, Any] | None:
     world = World.join(ray.train.torch.get_device())
     run.attempts.write_json(worker_key(attempt, world.rank), _whereabouts(world.device))
     watch = Watch(run, attempt, spec.training.target_images) if world.leads else None
+    recorder = None
     try:
+        for name, value in _MLFLOW.items():
+            os.environ.setdefault(name, value)
         recorder = open_recorder(order["store"], run, spec, order["experiment"]) if world.leads else None
         should_stop = watch.should_stop if watch else lambda: None
         outcome = train(spec, run, world, recorder, watch, should_stop, order["start"])
@@ -77,6 +82,8 @@ def work(order: dict[str, Any]) -> dict[str, Any] | None:
             return None  # all workers stopped here together
         raise  # the others wait for this worker: its failure ends them
     finally:
+        if recorder is not None:
+            recorder.settle(_SETTLE_S)
         if watch is not None:
             watch.close()
     return outcome.model_dump(mode="json")

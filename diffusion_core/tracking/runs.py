@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Mapping
@@ -27,7 +26,6 @@ _MAX_PARAMS, _MAX_PARAM_LENGTH = 100, 6000
 _PATIENCE_S = {"FINISHED": 60.0}  # for what is left when a run ends
 _LITTLE_PATIENCE_S = 5.0  # of a run that was stopped: somebody waits for its end
 _NAMED = 8
-_HTTP = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}  # trying again is done here
 
 
 class RunRecorder:
@@ -55,8 +53,6 @@ class RunRecorder:
         tags: Mapping[str, Any] | None = None,
         mlflow_run_id: str | None = None,
     ) -> None:
-        for name, value in _HTTP.items():
-            os.environ.setdefault(name, value)
         self._store, self._params, self._tags = store, flatten(params or {}), dict(tags or {})
         self._figures, self._pictures = Outbox(), Outbox()  # figures do not wait for pictures
         self.last_step = self._recorded = -1

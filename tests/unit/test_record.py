@@ -45,6 +45,17 @@ def test_an_attempt_with_mlflow_records_the_figures_of_those_before_it(trained):
     assert recorded_mlflow_run(run) == recorder.mlflow_run_id
 
 
+def test_what_was_trained_without_mlflow_after_a_record_was_made_is_added_to_it(trained):
+    store, _, run, _ = trained
+    first = record_afterwards(store, run, "toys")
+    longer = toy_spec(toy_dataset(store), preview_every_images=100, images=300)
+    train(longer, open_run(store, longer))
+    mlflow_run_id = mlflow_run_of(store, run.bundle(300).uri, "toys")
+    assert mlflow_run_id == first
+    history = connection.client(store).get_metric_history(first, "loss")
+    assert {metric.step: metric.value for metric in history} == losses(run) and history[-1].step == 300
+
+
 def test_a_record_that_mlflow_did_not_take_whole_is_made_again(trained, monkeypatch):
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
