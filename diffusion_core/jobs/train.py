@@ -101,7 +101,7 @@ def _train_or_watch(
                 return (done, True) if done else (_train(request, spec, place, start, got), False)
         held = got
         logger.info("Attempt %d trains this run already (%s); watching it.", held.number, held.owner.get("host"))
-        with Progress("train", spec.training.target_images) as progress:
+        with Progress("train", spec.training.target_images, initial=None) as progress:
             show = _Relay(place, held.number, progress)
             held.wait(_POLL_S, show)
         if done := place.finished(spec.training):
@@ -125,7 +125,7 @@ def _train(
         "start": start,
     }
     try:
-        with ray_session(request.resources), Progress("train", spec.training.target_images) as progress:
+        with ray_session(request.resources), Progress("train", spec.training.target_images, initial=None) as progress:
             fit = _Fit(order, request.resources)
             _follow(fit, place, lease, _Relay(place, lease.number, progress))
             outcome = _outcome(fit, place, lease, request.resources)
