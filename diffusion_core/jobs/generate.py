@@ -15,8 +15,8 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -31,6 +31,7 @@ from diffusion_core.jobs.cluster import ray_session
 from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.requests import GenerateRequest, GenerateResult, Resources
 from diffusion_core.progress import Progress
+from diffusion_core.storage import StoreFull
 
 BLOCKS_PER_WORKER = 8
 DIED = "the worker process died while it made this shard (killed, out of memory, or a crash in native code)"
@@ -197,14 +198,23 @@ def _make(
     task: ShardTask,
     tally: _RayTally,
 ) -> None:
-    """Pass after pass over the shards that are still missing, at most 1 + `max_retries` of them."""
+    """Pass after pass over the shards that are still missing, at most 1 + `max_retries` of them.
+
+    Raises:
+        StoreFull: as soon as a shard could not be stored for that reason.
+    """
     todo = list(missing)
     for attempt in range(1 + config.max_retries):
         share = -(-len(todo) // (BLOCKS_PER_WORKER * resources.workers))
         size = 1 if attempt else min(config.shards_per_block, share)
         if attempt:
             logger.warning("%d shards are tried again", len(todo))
-        rows = {row["shard"]: row for row in _pass(todo, size, resources, worker, task, tally)}
+        rows = {}
+        with closing(_pass(todo, size, resources, worker, task, tally)) as outcomes:
+            for told in outcomes:
+                if told.get("store_full"):  # not the shard's fault, and no other shard would fare better
+                    raise StoreFull(told["error"])
+                rows[told["shard"]] = told
         again = []
         for shard in todo:
             row = rows.get(shard.number)
@@ -226,7 +236,7 @@ def _make(
 
 def _pass(
     shards: Sequence[Shard], size: int, resources: Resources, worker: Worker | None, task: ShardTask, tally: _RayTally
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any]]:
     """One Ray Data execution: the outcome rows of the shards whose blocks survived."""
     import pyarrow as pa
     import ray
