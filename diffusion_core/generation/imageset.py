@@ -184,7 +184,7 @@ class ImageSet:
 
     def draw_sheet(self, also: Extension | None = None) -> None:
         """Draw the contact sheet of all images that are stored (those of `also` are) anew."""
-        ranges = sorted(self._stored_ranges() + ([(also.first_image_id, also.stop)] if also else []))
+        ranges = _union(self._stored_ranges() + ([(also.first_image_id, also.stop)] if also else []))
         rows = choose_images(ranges, self.labels)
         wanted = sorted({image_id for ids in rows.values() for image_id in ids})
         images = dict(zip(wanted, self._read_ids(wanted), strict=True))
@@ -365,3 +365,14 @@ def _parallel(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
         return [function(item) for item in every]
     with ThreadPoolExecutor(min(PARALLEL_REQUESTS, len(every))) as pool:
         return list(pool.map(function, every))
+
+
+def _union(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges [first, stop) that hold each id once, sorted."""
+    union: list[tuple[int, int]] = []
+    for first, stop in sorted(ranges):
+        if union and first <= union[-1][1]:
+            union[-1] = (union[-1][0], max(stop, union[-1][1]))
+        else:
+            union.append((first, stop))
+    return union

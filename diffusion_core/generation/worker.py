@@ -20,6 +20,7 @@ from diffusion_core.diffusion import Denoiser, KeyedNoise, build_sampler, images
 from diffusion_core.generation.config import GenerationConfig, SamplingPrecision
 from diffusion_core.generation.imageset import ImageSet, open_imageset
 from diffusion_core.generation.plan import Shard, ShardTask
+from diffusion_core.patience import StoreUnavailable
 from diffusion_core.storage import StoreFull
 
 LabelsOf = Callable[[np.ndarray], np.ndarray | None]
@@ -184,17 +185,17 @@ class ShardWorker:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """A plan row {shard, first_image_id, count} → the same with `outcome` (made, found or failed), `error`,
-        `final` (trying again would not help),
+        `final` (trying again would not help), `store_away` (it was the store's fault alone),
         `store_full` (and so for every other shard) and `seconds`."""
         shard = Shard(int(row["shard"]), int(row["first_image_id"]), int(row["count"]))
-        started, error, final, outcome = time.monotonic(), "", False, "failed"
+        started, error, final, away, outcome = time.monotonic(), "", False, False, "failed"
         full = False
         try:
             outcome = self.make(shard)
         except StoreFull as caught:
             error, full = str(caught), True
-        except UserError as caught:
-            error = str(caught)
+        except (UserError, StoreUnavailable) as caught:
+            error, away = str(caught), isinstance(caught, StoreUnavailable)
         except Exception as caught:  # promise 5: a poisonous item cannot stop the rest
             error, final = f"{type(caught).__name__}: {caught}", isinstance(caught, NonFiniteImages)
         return {
@@ -204,6 +205,7 @@ class ShardWorker:
             "outcome": outcome,
             "error": error,
             "final": final,
+            "store_away": away,
             "store_full": full,
             "seconds": time.monotonic() - started,
         }

@@ -18,6 +18,7 @@ from diffusion_core.evaluation.identity import extractor_identity
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.requests import EvaluateRequest, EvaluateResult, Resources
+from diffusion_core.jobs.turns import one_at_a_time
 from diffusion_core.storage import Directory
 
 if TYPE_CHECKING:
@@ -89,21 +90,23 @@ def evaluate(
     directory = Directory(store) / f"evaluations/{evaluation_id}"
     if directory.exists(REPORT):
         return Evaluation(directory, directory.read_json(REPORT), reused=True)
-    from diffusion_core.jobs.generate import generate
-
-    generation = generation_of(config, bundle, dataset)
-    images = generate(bundle_uri, generation, store, resources, stage="samples to evaluate").images
-    report = _measure(directory, images, dataset, config, samples)
     about = {
         "schema_version": 1,
         "evaluation_id": evaluation_id,
         "bundle": {"uri": bundle_uri, "digest": bundle_id, "run_id": bundle.run_id, "images_seen": bundle.images_seen},
         "dataset": {"name": dataset.name, "version": dataset.version, "uri": dataset.uri},
         "configuration": json.loads(json.dumps(identity(config))),
-        "image_set": images.uri,
     }
-    directory.create_json(REPORT, {**about, **report})
-    return Evaluation(directory, directory.read_json(REPORT), reused=False)
+    with one_at_a_time(store, "evaluate", evaluation_id):
+        reused = directory.exists(REPORT)  # another job may have made it meanwhile
+        if not reused:
+            from diffusion_core.jobs.generate import generate
+
+            generation = generation_of(config, bundle, dataset)
+            images = generate(bundle_uri, generation, store, resources, stage="samples to evaluate").images
+            report = _measure(directory, images, dataset, config, samples)
+            directory.create_json(REPORT, {**about, "image_set": images.uri, **report})
+    return Evaluation(directory, directory.read_json(REPORT), reused)
 
 
 def attach(store: str, done: Evaluation, mlflow_run_id: str) -> None:

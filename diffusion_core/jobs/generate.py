@@ -11,12 +11,11 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -27,9 +26,12 @@ from diffusion_core.generation import tables
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.generation.imageset import FAILED, SHEET, ImageSet, describe
 from diffusion_core.generation.plan import Extension, Range, Shard, ShardTask
-from diffusion_core.jobs.cluster import ray_session
+from diffusion_core.jobs.cluster import ray_session, reserved
 from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.requests import GenerateRequest, GenerateResult, Resources
+from diffusion_core.jobs.tally import Tally, tallied
+from diffusion_core.jobs.turns import one_at_a_time
+from diffusion_core.patience import StoreUnavailable
 from diffusion_core.progress import Progress
 from diffusion_core.storage import StoreFull
 
@@ -69,6 +71,15 @@ class _Outcome:
     failed: dict[Shard, dict[str, Any]] = field(default_factory=dict)
     seconds: dict[Shard, float] = field(default_factory=dict)
     took: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Crew:
+    """The workers of a job: their resources, what they are told, and their class if it is not the usual one."""
+
+    resources: Resources
+    task: ShardTask
+    worker: Worker | None
 
 
 def run(request: GenerateRequest) -> GenerateResult:
@@ -120,15 +131,12 @@ def generate(
     wanted, outcome = images.look(config.first_image_id, config.count), _Outcome()
     missing = images.missing(wanted)
     if wanted.gaps or missing:
-        with ray_session(resources):  # first of all: a request that cannot run must not leave an extension behind
-            wanted = images.extend(config.first_image_id, config.count)
-            missing = images.missing(wanted)
-            if wanted.continues:
-                _say_what_continues(images, wanted)
-            device = "cuda" if resources.gpus_per_worker else "cpu"
-            task = ShardTask(images.uri, bundle_uri, model_version or found_digest, device)
-            _make_range(images, wanted, missing, outcome, config, resources, worker, task, stage)
-        _write_log(images, outcome)
+        device = "cuda" if resources.gpus_per_worker else "cpu"
+        crew = _Crew(resources, ShardTask(images.uri, bundle_uri, model_version or found_digest, device), worker)
+        turn = f"{images.description.set_id}/{wanted.first}-{wanted.stop}"
+        with one_at_a_time(store, "generate", turn) as waited:  # for these very ids, not for the next ones after them
+            first_image_id = wanted.first if waited else config.first_image_id
+            wanted, missing = _make_range(images, first_image_id, config, crew, outcome, stage)
     elif wanted.continues:
         _say_what_continues(images, wanted)
     first, stop, extensions = wanted.first, wanted.stop, wanted.extensions
@@ -167,25 +175,34 @@ def _say_what_continues(images: ImageSet, wanted: Range) -> None:
 
 def _make_range(
     images: ImageSet,
-    wanted: Range,
-    missing: Sequence[Shard],
-    outcome: _Outcome,
+    first_image_id: int | None,
     config: GenerationConfig,
-    resources: Resources,
-    worker: Worker | None,
-    task: ShardTask,
+    crew: _Crew,
+    outcome: _Outcome,
     stage: str,
-) -> None:
-    """Make the missing shards of a range, and show it."""
-    for extension in wanted.extensions:
-        images.write_plan(extension)
-    whole = wanted.stop - wanted.first
-    already = whole - sum(_within(shard, wanted.first, wanted.stop) for shard in missing)
-    making = time.monotonic()
-    with Progress(stage, whole, initial=already) as progress, _tallied(progress, already) as tally:
-        _make(images, missing, outcome, config, resources, worker, task, tally)
-        progress.update(whole - sum(_within(shard, wanted.first, wanted.stop) for shard in outcome.failed))
-    outcome.took = time.monotonic() - making
+) -> tuple[Range, list[Shard]]:
+    """Plan a range and make what it lacks, and show it; the range, and the shards that it lacked."""
+    wanted = images.look(first_image_id, config.count)
+    missing = images.missing(wanted)
+    if not wanted.gaps and not missing:  # another job has made it meanwhile
+        return wanted, missing
+    # Room for the workers first, as a request that cannot run must not leave an extension behind.
+    with ray_session(), reserved(crew.resources) as options:
+        wanted = images.extend(first_image_id, config.count)
+        missing = images.missing(wanted)
+        if wanted.continues:
+            _say_what_continues(images, wanted)
+        for extension in wanted.extensions:
+            images.write_plan(extension)
+        whole = wanted.stop - wanted.first
+        already = whole - sum(_within(shard, wanted.first, wanted.stop) for shard in missing)
+        making = time.monotonic()
+        with Progress(stage, whole, initial=already) as progress, tallied(progress, already) as tally:
+            _make(images, missing, outcome, config, crew, options, tally)
+            progress.update(whole - sum(_within(shard, wanted.first, wanted.stop) for shard in outcome.failed))
+        outcome.took = time.monotonic() - making
+    _write_log(images, outcome)
+    return wanted, missing
 
 
 def _make(
@@ -193,10 +210,9 @@ def _make(
     missing: Sequence[Shard],
     outcome: _Outcome,
     config: GenerationConfig,
-    resources: Resources,
-    worker: Worker | None,
-    task: ShardTask,
-    tally: _RayTally,
+    crew: _Crew,
+    options: dict[str, Any],
+    tally: Tally,
 ) -> None:
     """Pass after pass over the shards that are still missing, at most 1 + `max_retries` of them.
 
@@ -205,12 +221,12 @@ def _make(
     """
     todo = list(missing)
     for attempt in range(1 + config.max_retries):
-        share = -(-len(todo) // (BLOCKS_PER_WORKER * resources.workers))
+        share = -(-len(todo) // (BLOCKS_PER_WORKER * crew.resources.workers))
         size = 1 if attempt else min(config.shards_per_block, share)
         if attempt:
             logger.warning("%d shards are tried again", len(todo))
         rows = {}
-        with closing(_pass(todo, size, resources, worker, task, tally)) as outcomes:
+        with closing(_pass(todo, size, crew, options, tally)) as outcomes:
             for told in outcomes:
                 if told.get("store_full"):  # not the shard's fault, and no other shard would fare better
                     raise StoreFull(told["error"])
@@ -220,12 +236,14 @@ def _make(
             row = rows.get(shard.number)
             if row is None:  # its block was lost; it may have been committed before
                 row = {"outcome": "made" if images.record(shard) else "failed", "error": DIED, "final": False}
+                row["store_away"] = False
             outcome.seconds[shard] = row.get("seconds", 0.0)
             if row["outcome"] != "failed":
                 outcome.failed.pop(shard, None)
                 (outcome.made if row["outcome"] == "made" else outcome.found).add(shard)
                 continue
-            outcome.failed[shard] = {"error": row["error"], "attempts": attempt + 1}
+            away = row["store_away"]
+            outcome.failed[shard] = {"error": row["error"], "attempts": attempt + 1, "store_away": away}
             logger.warning("shard %d failed: %s", shard.number, row["error"])
             if not row["final"]:
                 again.append(shard)
@@ -235,36 +253,31 @@ def _make(
 
 
 def _pass(
-    shards: Sequence[Shard], size: int, resources: Resources, worker: Worker | None, task: ShardTask, tally: _RayTally
+    shards: Sequence[Shard], size: int, crew: _Crew, options: dict[str, Any], tally: Tally
 ) -> Generator[dict[str, Any]]:
     """One Ray Data execution: the outcome rows of the shards whose blocks survived."""
-    import pyarrow as pa
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
     names = ("shard", "first_image_id", "count")
     values = [dict(zip(names, (shard.number, shard.first_image_id, shard.count), strict=True)) for shard in shards]
-    blocks = [pa.Table.from_pylist(values[n : n + size]) for n in range(0, len(values), size)]
+    blocks = -(-len(values) // size)
     context = DataContext.get_current().copy()
     context.max_errored_blocks = -1  # a lost block is looked after here, in the next pass
     context.enable_progress_bars = context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would log every lost block and its own progress
-    options: dict[str, Any] = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker}
-    if resources.accelerator_type:
-        options["accelerator_type"] = resources.accelerator_type
-    if resources.spread:
-        options["scheduling_strategy"] = "SPREAD"
     # An actor that has used up its restarts stays in Ray Data's pool as a corpse, and a pool of corpses waits for ever.
     # So the finite number that binds is that of the retries of a block; restarts are just more than they can need.
-    retries = min(1, resources.max_failures)
+    retries = min(1, crew.resources.max_failures)
     with DataContext.current(context), warnings.catch_warnings():
         # Ray 2.60 deprecates passing these two without offering names for them; the pin holds the minor version.
         warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
-        dataset = ray.data.from_arrow(blocks).map(
+        # Not from_arrow, which runs a task for each table, and all the job's CPUs are reserved for its workers.
+        dataset = ray.data.from_items(values, override_num_blocks=blocks).map(
             _PoolWorker,  # type: ignore[arg-type]  # a class of callables, as Ray Data wants it for actors
-            fn_constructor_args=(worker, task, tally),
-            compute=ActorPoolStrategy(size=min(resources.workers, len(blocks)), max_tasks_in_flight_per_actor=1),
-            max_restarts=len(blocks) * (1 + retries) + resources.max_failures,
+            fn_constructor_args=(crew.worker, crew.task, tally),
+            compute=ActorPoolStrategy(size=min(crew.resources.workers, blocks), max_tasks_in_flight_per_actor=1),
+            max_restarts=blocks * (1 + retries) + crew.resources.max_failures,
             max_task_retries=retries,
             **options,
         )
@@ -280,7 +293,7 @@ class _PoolWorker:
     The worker's module is imported here and not in the job, which so never has to load torch.
     """
 
-    def __init__(self, make: Worker | None, task: ShardTask, tally: _RayTally) -> None:
+    def __init__(self, make: Worker | None, task: ShardTask, tally: Tally) -> None:
         tally.join()
         self._make, self._task, self._tally = make, task, tally
         self._worker: Callable[[dict[str, Any]], dict[str, Any]] | None = None
@@ -292,85 +305,13 @@ class _PoolWorker:
 
                 self._worker = (self._make or ShardWorker)(self._task, self._tally)
             except Exception as error:  # a node without torch, say: a row tells more than a lost block
-                return {**row, "outcome": "failed", "error": repr(error), "final": False, "seconds": 0.0}
+                failed = {"outcome": "failed", "error": repr(error), "final": False, "store_away": False}
+                return {**row, **failed, "seconds": 0.0}
         return self._worker(row)
 
 
-class _Counter:
-    """The actor that counts the images, and knows the actors of the pool."""
-
-    def __init__(self) -> None:
-        self._total = 0
-        self._members: dict[str, Any] = {}
-
-    def add(self, images: int) -> None:
-        self._total += images
-
-    def total(self) -> int:
-        return self._total
-
-    def join(self, actor_id: str, member: list[Any]) -> None:
-        self._members[actor_id] = member[0]
-
-    def dismiss(self) -> None:
-        """End the actors that have joined."""
-        import ray
-
-        for member in self._members.values():
-            ray.kill(member)
-        self._members.clear()
-
-
-class _RayTally:
-    """Tells the counter, without waiting for it, how many images are done. Lives in the actors and in the job."""
-
-    def __init__(self, counter: Any) -> None:
-        self._counter = counter
-
-    def __call__(self, images: int) -> None:
-        self._counter.add.remote(images)
-
-    def join(self) -> None:
-        import ray
-
-        context = ray.get_runtime_context()
-        self._counter.join.remote(context.get_actor_id(), [context.current_actor])
-
-    def dismiss(self) -> None:
-        import ray
-
-        ray.get(self._counter.dismiss.remote())
-
-
-@contextmanager
-def _tallied(progress: Progress, already: int) -> Iterator[_RayTally]:
-    """A tally for the workers, and a thread that shows it once a second."""
-    import ray
-
-    counter: Any = ray.remote(num_cpus=0)(_Counter).remote()
-    ended = threading.Event()
-
-    def show() -> None:
-        while not ended.wait(1.0):
-            try:
-                done: int = ray.get(counter.total.remote(), timeout=10)
-                progress.update(min(already + done, progress.total or 0))
-            except ray.exceptions.RayError as error:
-                logger.warning("progress cannot be shown: %s", error)
-                return
-
-    thread = threading.Thread(target=show, name="progress", daemon=True)
-    thread.start()
-    try:
-        yield _RayTally(counter)
-    finally:
-        ended.set()
-        thread.join(timeout=15)
-        ray.kill(counter)
-
-
 def _report_failures(images: ImageSet, tried: Sequence[Shard], outcome: _Outcome, allowed: int) -> None:
-    """`failed.parquet`; raises if there are more failures than allowed."""
+    """`failed.parquet`; raises if there are more failures than allowed, or one for no fault of the shard."""
     if not outcome.failed:
         if tried:
             images.directory.delete(FAILED)
@@ -382,6 +323,8 @@ def _report_failures(images: ImageSet, tried: Sequence[Shard], outcome: _Outcome
         f"{shard.first_image_id} to {shard.stop - 1}): {first['error'].rstrip('.')}. All of them stand in "
         f"{images.uri}/{FAILED}. Running the same command again makes only what is missing."
     )
+    if any(failed["store_away"] for failed in outcome.failed.values()):
+        raise StoreUnavailable(sentence)
     if len(outcome.failed) > allowed:
         raise UserError(f"{sentence} generation.max_failed_shards = {allowed} is the number that may fail.")
     logger.warning(sentence)

@@ -10,6 +10,7 @@ from contextlib import closing
 from typing import Any, cast
 
 from diffusion_core.config import UserError
+from diffusion_core.jobs.cluster import reserved
 from diffusion_core.jobs.requests import Resources
 
 log = logging.getLogger(__name__)
@@ -35,22 +36,24 @@ def on_cluster(
     Rows whose process died are tried again when all others are done, at most `resources.max_failures` times.
 
     Raises:
+        UserError: no worker could start in time.
         WorkersDied: at the end, if rows are left.
         Exception: the first that `work` raises, of its own type, with the worker's traceback as a note.
     """
     left = list(range(len(rows)))
     attempts = 1 + resources.max_failures
-    for attempt in range(attempts):
-        if attempt:
-            log.warning("The processes of %d parts of the work died; these are tried again.", len(left))
-        done = set()
-        with closing(_pass(work, {place: rows[place] for place in left}, resources)) as answers:
-            for place, answer in answers:
-                done.add(place)
-                yield place, answer
-        left = [place for place in left if place not in done]
-        if not left:
-            return
+    with reserved(resources) as options:
+        for attempt in range(attempts):
+            if attempt:
+                log.warning("The processes of %d parts of the work died; these are tried again.", len(left))
+            done = set()
+            with closing(_pass(work, {place: rows[place] for place in left}, resources.workers, options)) as answers:
+                for place, answer in answers:
+                    done.add(place)
+                    yield place, answer
+            left = [place for place in left if place not in done]
+            if not left:
+                return
     raise WorkersDied(left, len(rows), attempts)
 
 
@@ -64,9 +67,9 @@ def survives(work: Callable[..., Any], resources: Resources, *arguments: Any) ->
     from ray.exceptions import NodeDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
 
     # Without retries of Ray's own: what is killed for its memory would be retried for ever.
-    task = ray.remote(num_cpus=resources.cpus_per_worker, max_retries=0)(work)
     try:
-        ray.get(task.remote(*arguments))
+        with reserved(resources) as options:
+            ray.get(ray.remote(max_retries=0, **options)(work).remote(*arguments))
     except RayTaskError as error:
         raise error.cause from None
     except (WorkerCrashedError, OutOfMemoryError, NodeDiedError):
@@ -75,7 +78,7 @@ def survives(work: Callable[..., Any], resources: Resources, *arguments: Any) ->
 
 
 def _pass(
-    work: Callable[[dict[str, Any]], Any], rows: dict[int, dict[str, Any]], resources: Resources
+    work: Callable[[dict[str, Any]], Any], rows: dict[int, dict[str, Any]], workers: int, options: dict[str, Any]
 ) -> Generator[tuple[int, Any]]:
     """One Ray Data execution over rows by place; those whose process dies are simply not among the answers."""
     import ray
@@ -98,9 +101,9 @@ def _pass(
         context.max_errored_blocks = -1  # a lost row is looked after by the caller
         data = ray.data.from_items(items, override_num_blocks=len(items)).map(
             careful,
-            num_cpus=resources.cpus_per_worker,
-            compute=ray.data.TaskPoolStrategy(size=min(resources.workers, len(items))),
+            compute=ray.data.TaskPoolStrategy(size=min(workers, len(items))),
             max_retries=0,
+            **options,
         )
     # Left to the garbage collector, an unfinished execution would wake Ray up again after its shutdown.
     with closing(cast("Generator[dict[str, bytes]]", iter(data.iter_rows()))) as answers:

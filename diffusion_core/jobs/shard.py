@@ -43,6 +43,7 @@ from diffusion_core.jobs.cluster import ray_session
 from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.requests import Resources, ShardRequest, ShardResult
 from diffusion_core.jobs.rows import WorkersDied, on_cluster, survives
+from diffusion_core.jobs.turns import one_at_a_time
 from diffusion_core.progress import Progress
 from diffusion_core.storage import Directory
 
@@ -69,6 +70,9 @@ def run(request: ShardRequest) -> ShardResult:
         version = dataset_version(source, digests, request.dataset)
         directory = home / version
         reused = directory.exists(MANIFEST)
+        if not reused:
+            cluster.enter_context(one_at_a_time(request.store, "shard", f"{request.dataset.name}/{version}"))
+            reused = directory.exists(MANIFEST)  # another job may have made it meanwhile
         try:
             dataset = open_dataset(directory) if reused else _make(request, source, digests, directory, cluster)
         except SourceChanged as error:
@@ -126,7 +130,7 @@ def _hash_on_cluster(
 
     parts = [files[first : first + _FILES_A_TASK] for first in range(0, len(files), _FILES_A_TASK)]
     rows = [{"files": json.dumps([(file.key, file.size) for file in part])} for part in parts]
-    cluster.enter_context(ray_session(resources))
+    cluster.enter_context(ray_session())
     with closing(on_cluster(hash_some, rows, resources)) as answers:
         for _, hashed in answers:
             yield from hashed
@@ -151,7 +155,7 @@ def _make(
         log.info("%d of %d shards are already finished.", len(records), len(plan.shards))
     try:
         if len(records) < len(plan.shards):
-            cluster.enter_context(ray_session(request.resources))
+            cluster.enter_context(ray_session())
             plan = _spooled(plan, sum(file.size for file in source.files), request.resources)
             _make_shards(plan, records, request.resources, judge)
     except Exception:

@@ -114,7 +114,7 @@ def _train(
     request: TrainRequest, spec: TrainSpec, place: RunDirectory, start: str | None, lease: Lease
 ) -> TrainOutcome:
     """One attempt, with Ray."""
-    from diffusion_core.jobs.cluster import ray_session
+    from diffusion_core.jobs.cluster import ray_session, require_resources
 
     order = {
         "store": request.store,
@@ -125,7 +125,8 @@ def _train(
         "start": start,
     }
     try:
-        with ray_session(request.resources), Progress("train", spec.training.target_images, initial=None) as progress:
+        with ray_session(), Progress("train", spec.training.target_images, initial=None) as progress:
+            require_resources(request.resources)
             fit = _Fit(order, request.resources)
             _follow(fit, place, lease, _Relay(place, lease.number, progress))
             outcome = _outcome(fit, place, lease, request.resources)
@@ -179,7 +180,7 @@ def _explained(error: BaseException, resources: Resources) -> Exception:
     from ray.train import ControllerError, WorkerGroupError
 
     if isinstance(error, ControllerError) and "Timeout" in type(error.controller_failure).__name__:
-        return UserError(_busy(resources))
+        return _did_not_start(resources)
     if isinstance(error, WorkerGroupError):
         causes = "; ".join(
             f"worker {rank}: {_last_line(failure)}" for rank, failure in sorted(error.worker_failures.items())
@@ -189,24 +190,11 @@ def _explained(error: BaseException, resources: Resources) -> Exception:
     return TrainingError(f"Ray Train failed: {_last_line(error)}")
 
 
-def _busy(resources: Resources) -> str:
-    """Which resource is taken by others; that the cluster as a whole has enough was seen before."""
-    import ray
+def _did_not_start(resources: Resources) -> UserError:
+    """Which resource is taken by others; that the cluster as a whole has enough was seen before, but nodes may go."""
+    from diffusion_core.jobs.cluster import busy, missing_resources, shortage
 
-    from diffusion_core.jobs.cluster import missing_resources
-
-    free = ray.available_resources()
-    need = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
-    short = [
-        f"{amount * resources.workers:g} {name} needed, {free.get(name, 0):g} free"
-        for name, amount in need.items()
-        if amount * resources.workers > free.get(name, 0)
-    ]
-    what = missing_resources(resources) or "; ".join(short) or "no node has enough CPU free for each worker"
-    return (
-        f"resources.workers = {resources.workers} did not start within resources.start_timeout_s ="
-        f" {resources.start_timeout_s:g}: {what}."
-    )
+    return busy(resources, missing_resources(resources) or shortage(resources))
 
 
 def _last_line(error: BaseException) -> str:

@@ -63,9 +63,9 @@ def files_of(images: ImageSet) -> dict[str, bytes]:
     return {key: images.directory.read(key) for key in keys}
 
 
-def start(store: str, folder: Path, bundle: str) -> subprocess.Popen[str]:
+def start(store: str, folder: Path, bundle: str, config: GenerationConfig = CONFIG) -> subprocess.Popen[str]:
     folder.mkdir(parents=True)
-    request = GenerateRequest(store=store, model=bundle, generation=CONFIG, resources=Resources(workers=2))
+    request = GenerateRequest(store=store, model=bundle, generation=config, resources=Resources(workers=2))
     (folder / "request.json").write_text(request.model_dump_json())
     command = [sys.executable, "-m", "diffusion_core.jobs.generate", str(folder / "request.json")]
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -114,9 +114,12 @@ def test_the_job_is_ended_midway_and_run_again(ray_cluster, tmp_path, store, bun
 
 
 def test_two_jobs_at_once_make_one_set(ray_cluster, tmp_path, store, bundle, uninterrupted):
-    jobs = [start(store, tmp_path / name, bundle) for name in "ab"]
+    """The second waits for the first, also where neither named the ids, and tells of the same images."""
+    config = CONFIG.model_copy(update={"first_image_id": None})
+    jobs = [start(store, tmp_path / name, bundle, config) for name in "ab"]
     results = [finish(job, tmp_path / name) for job, name in zip(jobs, "ab", strict=True)]
-    assert [result.images for result in results] == [IMAGES, IMAGES]
+    assert [(result.images, result.first_image_id) for result in results] == [(IMAGES, 0), (IMAGES, 0)]
+    assert sorted(result.generated for result in results) == [0, IMAGES]
     assert files_of(the_set(store, bundle)) == uninterrupted
 
 

@@ -16,6 +16,7 @@ from diffusion_core.config import UserError, digest
 from diffusion_core.generation import GenerationConfig, open_imageset
 from diffusion_core.jobs.generate import generate, run
 from diffusion_core.jobs.requests import GenerateRequest, GenerateResult, Resources
+from diffusion_core.jobs.rows import on_cluster
 from diffusion_core.progress import parse_progress
 from diffusion_core.storage import Directory
 from tests.tiny_bundle import tiny_bundle
@@ -171,3 +172,28 @@ def test_a_cluster_that_is_too_small_is_said_and_leaves_nothing_unfinished(sessi
     with pytest.raises(UserError, match="64 CPU needed"):
         run(request)
     assert not list((Directory(store) / "images").list())
+
+
+def test_resources_that_others_hold_are_named_and_nothing_is_planned(session, store, bundle, caplog):
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    request = request_for(store, bundle).model_copy(update={"resources": Resources(workers=2, start_timeout_s=4)})
+    both = placement_group([{"CPU": 1}] * 2)
+    ray.get(both.ready())
+    try:
+        with pytest.raises(UserError, match=r"start_timeout_s = 4: 2 CPU needed, 0 of 2 free \(other work .* holds"):
+            run(request)
+        assert "waiting up to 4 s (resources.start_timeout_s) for 2 workers: 2 CPU needed, 0 of 2 free" in caplog.text
+        assert not list(Directory(store).list("images/"))
+        with pytest.raises(UserError, match="1 CPU needed, 0 of 2 free"):
+            list(on_cluster(lambda row: row, [{}], Resources(workers=1, start_timeout_s=1)))
+    finally:
+        remove_placement_group(both)
+    one = placement_group([{"CPU": 1}])
+    ray.get(one.ready())
+    try:  # one of two workers is better than none
+        assert run(request).generated == 100
+        assert "only 1 of 2 workers could start: 2 CPU needed, 1 of 2 free" in caplog.text
+    finally:
+        remove_placement_group(one)

@@ -10,7 +10,6 @@ WORK = """
 import os
 from pathlib import Path
 from diffusion_core.jobs.cluster import ray_session
-from diffusion_core.jobs.requests import Resources
 
 
 def descendants(pid):
@@ -35,7 +34,7 @@ def listening():
                 yield fields[9], fields[1].rpartition(":")[0]
 
 
-with ray_session(Resources(workers=1)):
+with ray_session():
     import ray
 
     @ray.remote

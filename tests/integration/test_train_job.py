@@ -136,7 +136,7 @@ def test_resources_that_others_hold_are_named(ray_cluster, dataset, tmp_path):
         status, output, seconds = finished_job(tmp_path / "job", request)
         assert status == 2, output
         sentence = json.loads((tmp_path / "job" / "error.json").read_text())["error"]
-        assert "2 CPU needed, 1 free" in sentence and "start_timeout_s = 6" in sentence
+        assert "2 CPU needed, 1 of 2 free" in sentence and "start_timeout_s = 6" in sentence
         assert seconds < 60
     finally:
         holder.kill()

@@ -11,8 +11,13 @@ import torch
 from diffusion_core.bundle import load_bundle
 from diffusion_core.diffusion import KeyedNoise
 from diffusion_core.generation import GenerationConfig
+from diffusion_core.generation.imageset import ImageSet
 from diffusion_core.generation.labels import Labels
-from diffusion_core.generation.worker import Generator, NonFiniteImages
+from diffusion_core.generation.plan import Shard, ShardTask
+from diffusion_core.generation.worker import Generator, NonFiniteImages, ShardWorker
+from diffusion_core.jobs import generate
+from diffusion_core.patience import StoreUnavailable
+from diffusion_core.storage import Directory
 
 BALANCED = Labels(10).of
 
@@ -159,3 +164,16 @@ def test_a_non_finite_value_is_an_error_and_no_pixel(bundle_uri, value, threshol
     with pytest.raises(NonFiniteImages, match=r"image 3, 13$"):
         generator.images(np.array([13, 4, 3]), BALANCED)
     generator.images(np.array([4, 5]), BALANCED)  # a poisoned neighbour does not matter
+
+
+def test_shards_that_failed_as_the_store_was_away_do_not_make_it_a_mistake_of_the_user(tmp_path):
+    class Unlucky(ShardWorker):
+        def make(self, shard: Shard) -> str:
+            raise StoreUnavailable("The store s3://b cannot be reached: no answer.")
+
+    row = Unlucky(ShardTask("set", "bundle", "v"))({"shard": 3, "first_image_id": 24, "count": 8})
+    assert (row["outcome"], row["store_away"], row["final"]) == ("failed", True, False)
+    outcome = generate._Outcome(failed={Shard(3, 24, 8): {**row, "attempts": 3}})
+    images = ImageSet(Directory(tmp_path), None)
+    with pytest.raises(StoreUnavailable, match=r"1 of 1 shards failed, .* cannot be reached: no answer\. All of them"):
+        generate._report_failures(images, list(outcome.failed), outcome, allowed=5)
