@@ -48,7 +48,8 @@ def test_the_output_is_read_as_the_process_predicts(prediction: Prediction) -> N
         return 0.3 * x
 
     for t in (700, 700.0, torch.tensor([700] * 4)):
-        torch.testing.assert_close(Denoiser(p, network)(x_t, t), p.predict_x0(x_t, 700, 0.3 * x_t))
+        seen = p.network_inputs(x_t, 700)[0]
+        torch.testing.assert_close(Denoiser(p, network)(x_t, t), p.predict_x0(x_t, 700, 0.3 * seen))
     assert all(t.tolist() == [700.0] * 4 for t in times)
 
 
@@ -57,9 +58,10 @@ def test_the_output_is_read_as_the_process_predicts(prediction: Prediction) -> N
 def test_guidance_is_u_plus_s_times_c_minus_u_in_every_channel(scale: float, prediction: Prediction) -> None:
     p, x_t, network = process(prediction), noisy(), Labelled()
     got = Denoiser(p, network, {"label": LABELS}, GuidanceConfig(scale=scale))(x_t, 400)
-    conditional = p.predict_epsilon(x_t, 400, network(x_t, torch.tensor(400), label=LABELS))
+    seen = p.network_inputs(x_t, 400)[0]
+    conditional = p.predict_epsilon(x_t, 400, network(seen, torch.tensor(400), label=LABELS))
     null = torch.full_like(LABELS, 10)
-    unconditional = p.predict_epsilon(x_t, 400, network(x_t, torch.tensor(400), label=null))
+    unconditional = p.predict_epsilon(x_t, 400, network(seen, torch.tensor(400), label=null))
     guided = unconditional + scale * (conditional - unconditional)
     torch.testing.assert_close(got, p.predict_x0(x_t, 400, guided, "epsilon"))
 
