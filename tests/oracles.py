@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -81,4 +82,4 @@ def even_log_snr(schedule: NoiseSchedule, steps: int, first: float, last: float)
 
 def slopes(errors: list[float]) -> list[float]:
     """Binary logarithm of how much smaller the error gets at each doubling."""
-    return [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:], strict=False)]
+    return [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]

@@ -47,7 +47,7 @@ def test_linear_has_its_published_end_and_posterior_variance() -> None:
 @pytest.mark.parametrize("timesteps", [50, 100, 250, 4000])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_number_of_timesteps_ends_in_noise(kind: str, timesteps: int) -> None:
-    """An unscaled linear schedule would end at 0.36 for T = 100; latent diffusion's ends at 0.0047 (Lin et al. 2024)."""
+    """An unscaled linear schedule would end at 0.36 for T = 100; that of latent diffusion ends at 0.0047."""
     limit = 5e-3 if kind == "scaled_linear" else 1e-3
     assert float(discrete(kind, timesteps).alphas_cumprod[-1]) < limit
 

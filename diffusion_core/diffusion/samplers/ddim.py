@@ -45,9 +45,9 @@ class DDIMSampler(Sampler):
     def invert(self, denoiser: Denoise, x0: Tensor, iterations: int = 1) -> Tensor:
         """The noise x_T from which `sample` with eta = 0 makes the images x0: the steps backwards (section 4.3).
 
-        The step from s up to t takes epsilon_hat at (x_t, t), which is what is being looked for; it is first taken at
-        (x_s, t), which makes an error of the order of the step. Each further iteration puts the x_t so found in (Pan
-        et al. 2023, "AIDI"), and shrinks the error of the round trip as long as steps are small.
+        The step from s up to t takes the estimates at (x_t, t), which is what is being looked for; epsilon_hat is first
+        taken at (x_s, t), which makes an error of the order of the step. Each further iteration puts the x_t so found
+        in (Pan et al. 2023, "AIDI"), and shrinks the error of the round trip as long as steps are small.
 
         Args:
             denoiser: (x_t, t) -> x0_hat; a thresholding one forgets what it cut off.
@@ -66,8 +66,13 @@ class DDIMSampler(Sampler):
         for t, s in reversed(self.intervals):
             (alpha_t, sigma_t, _), (alpha_s, sigma_s, _) = self.level(t), self.level(s)
             x_t = x
-            for _ in range(iterations):
-                epsilon = (x_t - alpha_t * denoiser(x_t, t)) / sigma_t
-                x_t = alpha_t / alpha_s * x + (sigma_t - alpha_t / alpha_s * sigma_s) * epsilon
+            for iteration in range(iterations):
+                x0_hat = denoiser(x_t, t)
+                in_noise = alpha_t * alpha_s < sigma_t * sigma_s
+                if alpha_t == 0.0 or (in_noise and iteration > 0):  # there x0_hat depends less on x_t than epsilon does
+                    x_t = sigma_t / sigma_s * x - (sigma_t / sigma_s * alpha_s - alpha_t) * x0_hat
+                else:
+                    epsilon = (x_t - alpha_t * x0_hat) / sigma_t
+                    x_t = alpha_t / alpha_s * x + (sigma_t - alpha_t / alpha_s * sigma_s) * epsilon
             x = x_t
         return x / self.schedule.prior_scale(self.times[0])
