@@ -29,7 +29,7 @@ def network(x_t: Tensor, t: Tensor, /) -> Tensor:
 
 
 def epsilon_network(x_t: Tensor, t: Tensor, /) -> Tensor:
-    """The noise of a bounded image. Any other would be divided by alpha = 0.006 at the start, and float32 lose by it."""
+    """The noise of a bounded image: any other is divided by alpha = 0.006 at the start, which float32 does not bear."""
     schedule, x_t = linear(), x_t.double()
     alpha, sigma = (c(t)[:, None, None, None] for c in (schedule.alpha, schedule.sigma))
     return (x_t - alpha * network(x_t, t)) / sigma

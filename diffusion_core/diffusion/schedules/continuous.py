@@ -94,7 +94,7 @@ class VPSchedule(ContinuousSchedule):
         return self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * t.square()
 
     def _inverse(self, log_snr: Tensor) -> Tensor:
-        integral = torch.nn.functional.softplus(-log_snr, threshold=700.0)
+        integral = torch.nn.functional.softplus(-log_snr, threshold=700.0).clamp(max=float(self._integral(self.t_max)))
         slope = self.beta_max - self.beta_min
         return 2.0 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2.0 * slope * integral))
 
