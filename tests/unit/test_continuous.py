@@ -99,6 +99,10 @@ def test_zero_terminal_snr_ends_in_noise_and_keeps_its_start() -> None:
     assert float(zero.sigma(999)) == 1.0
     assert float(zero.log_snr(999)) == -math.inf
     assert float(zero.alpha(0)) == pytest.approx(float(plain.alpha(0)), rel=1e-12)
+    # Between the last two timesteps the signal fades evenly; its logarithm could not.
+    assert float(zero.alpha(998)) > 0.0
+    assert float(zero.alpha(998.75)) == pytest.approx(0.25 * float(zero.alpha(998)), rel=1e-12)
+    assert float(zero.time_of(zero.log_snr(998.75))) == pytest.approx(998.75, rel=1e-12)
     # Algorithm 1 of Lin et al. in one line: sqrt(alphas_cumprod) is shifted to end at 0 and scaled to start as before.
     first, last = float(plain.alpha(0)), float(plain.alpha(999))
     assert float(zero.alpha(500)) == pytest.approx((float(plain.alpha(500)) - last) * first / (first - last), rel=1e-9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -38,17 +39,17 @@ class UniPCSampler(Sampler):
             return x0_hat
         if move.past and self._order(move.past[0], move.past[1:]):
             before, *earlier = move.past
-            order = self._order(before, earlier)
+            order = self._order(before, earlier)  # as it was predicted with
             move.x_t = self._advance(before, earlier[: order - 1], move.t, x0_hat)
         order = self._order(move, move.past)
-        return self._advance(move, list(move.past[: max(order, 1) - 1]), move.s, None)
+        return self._advance(move, move.past[: max(order, 1) - 1], move.s, None)
 
-    def _order(self, move: Move, earlier: Any) -> int:
-        """The order of the step that `move` makes; 0 if it begins in pure noise, where lambda is -inf."""
+    def _order(self, move: Move, earlier: Sequence[Move]) -> int:
+        """The order of the step of `move`, knowing those `earlier`; 0 if it begins in pure noise, at lambda = -inf."""
         known = sum(math.isfinite(self.level(one.t).lam) for one in (move, *earlier))
         return min(self.order, known, move.steps - move.index)
 
-    def _advance(self, move: Move, earlier: list[Move], s: float, x0_s: Tensor | None) -> Tensor:
+    def _advance(self, move: Move, earlier: Sequence[Move], s: float, x0_s: Tensor | None) -> Tensor:
         """x_s from x_t of `move` and its estimate, those of the moves before, and that at s itself (corrector).
 
         sigma_s / sigma_t * x_t + alpha_s * (1 - exp(-h)) * (m_0 + sum of a_i * (m_i - m_0) / r_i), with r_i =
