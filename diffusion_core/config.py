@@ -39,11 +39,24 @@ def execution(default: Any = ..., **options: Any) -> Any:
     return Field(default, json_schema_extra={"execution": True}, **options)
 
 
+def later(default: Any, **options: Any) -> Any:
+    """Declare an identity field that a released configuration gets later: like `pydantic.Field`.
+
+    Its default must mean what the configuration meant before. At the default it is left out of the identity, so that
+    the ids of existing runs and sets stay what they are.
+    """
+    return Field(default, json_schema_extra={"later": True}, **options)
+
+
 def identity(value: Any) -> Any:
     """The part of a configuration that changes numbers, as plain JSON values, with algorithm versions."""
     if isinstance(value, Config):
         fields = type(value).model_fields
-        kept = {name: identity(getattr(value, name)) for name, field in fields.items() if not _is_execution(field)}
+        kept = {
+            name: identity(getattr(value, name))
+            for name, field in fields.items()
+            if not _is(field, "execution") and not (_is(field, "later") and getattr(value, name) == field.default)
+        }
         return {"algorithm_version": value.algorithm_version, **kept}
     if isinstance(value, dict):
         return {key: identity(item) for key, item in value.items()}
@@ -75,8 +88,8 @@ def explain(error: ValidationError) -> str:
     return f"{field}: {_shown(first['input'])} is not accepted: {message}{also}."
 
 
-def _is_execution(field: Any) -> bool:
-    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("execution"))
+def _is(field: Any, kind: str) -> bool:
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get(kind))
 
 
 def _shown(value: Any) -> str:

@@ -232,6 +232,7 @@ def generate(
     count: o.Count = None,
     first_image_id: o.FirstImageId = None,
     labels: o.Labels = None,
+    sampler: o.Sampler = None,
     steps: o.Steps = None,
     guidance: o.Guidance = None,
     seed: o.Seed = None,
@@ -243,8 +244,8 @@ def generate(
     """Generate images with a model (default: the champion), or complete and extend their set."""
     config = _config(
         preset, config_file, settings, source_needed=False,
-        store=store, name=name, count=count, first_image_id=first_image_id, labels=labels, steps=steps,
-        guidance=guidance, seed=seed, format=image_format, workers=workers, backend=backend,
+        store=store, name=name, count=count, first_image_id=first_image_id, labels=labels, sampler=sampler,
+        steps=steps, guidance=guidance, seed=seed, format=image_format, workers=workers, backend=backend,
     )  # fmt: skip
     from diffusion_core.config import UserError
     from diffusion_core.jobs.requests import GenerateRequest

@@ -49,6 +49,7 @@ FirstImageId = Annotated[
 Labels = Annotated[
     str | None, typer.Option("--labels", help="balanced, classes as 3,5 or cat,dog, or a file of labels.")
 ]
+Sampler = Annotated[str | None, typer.Option("--sampler", help="Sampler of the generation, as ddim or dpmpp_2m.")]
 Steps = Annotated[str | None, typer.Option("--steps", metavar="N", help="Sampler steps of the generation.")]
 Guidance = Annotated[
     str | None, typer.Option("--guidance", metavar="N", help="Guidance scale of the generation; 1 is neutral.")

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from diffusion_core.config import UserError
 from diffusion_core.data.config import DatasetConfig, SourceConfig, SourceKind, SplitSource
-from diffusion_core.diffusion.config import ProcessConfig, SamplerConfig
+from diffusion_core.diffusion.config import ProcessConfig, check_sampler
 from diffusion_core.evaluation.config import EvaluationConfig
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.jobs.backend import BackendConfig, BackendKind, jobs_address
@@ -47,8 +47,8 @@ def check_pipeline(config: PipelineConfig) -> None:
     check_source(config.source)
     check_size(config.source, config.dataset, config.network)
     check_held_out(config.source, config.dataset)
-    check_sampling("evaluation", config.evaluation.sampler, config.process)
-    check_sampling("generation", config.generation.sampler, config.process)
+    check_sampler("evaluation.sampler", config.evaluation.sampler, config.process)
+    check_sampler("generation.sampler", config.generation.sampler, config.process)
     check_evaluation(config.evaluation)
     check_labels(config.generation, known_classes(config.source))
     check_unmoved(config.training.init_from, config.name)
@@ -88,7 +88,7 @@ def check_evaluate(request: EvaluateRequest, backend: BackendConfig) -> None:
         )
     if not dataset.num_rows("test"):
         raise UserError(f"The dataset {request.dataset_uri} has no test split, and the figures need held-out images.")
-    check_sampling("evaluation", request.evaluation.sampler, bundle.process)
+    check_sampler("evaluation.sampler", request.evaluation.sampler, bundle.process)
     check_evaluation(request.evaluation)
 
 
@@ -99,7 +99,7 @@ def check_generate(request: GenerateRequest, backend: BackendConfig) -> None:
     check_services(request.store, backend, mlflow=request.model.startswith("models:"))
     check_resources("resources.generate", request.resources, backend)
     bundle = read_bundle_config(bundle_of(request.model, request.store))
-    check_sampling("generation", request.generation.sampler, bundle.process)
+    check_sampler("generation.sampler", request.generation.sampler, bundle.process)
     check_labels(request.generation, bundle.class_names)
 
 
@@ -157,14 +157,6 @@ def check_held_out(source: SourceConfig, dataset: DatasetConfig) -> None:
     no_split_of_its_own = source.kind is SourceKind.DIGITS or source.splits is SplitSource.NONE
     if no_split_of_its_own and dataset.test_fraction == 0:
         raise UserError("dataset.test_fraction: 0 leaves no held-out images for the evaluation; give 0.1, for example.")
-
-
-def check_sampling(section: str, sampler: SamplerConfig, process: ProcessConfig) -> None:
-    """A sampler visits timesteps of the process, so it cannot take more steps than there are."""
-    if sampler.steps > process.timesteps:
-        raise UserError(
-            f"{section}.sampler.steps: {sampler.steps} is more than the {process.timesteps} timesteps of the process."
-        )
 
 
 def check_evaluation(evaluation: EvaluationConfig) -> None:

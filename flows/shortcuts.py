@@ -20,6 +20,7 @@ FIELDS = {
     "samples": "evaluation.samples",
     "count": "generation.count",
     "first_image_id": "generation.first_image_id",
+    "sampler": "generation.sampler.kind",
     "steps": "generation.sampler.steps",
     "guidance": "generation.guidance.scale",
     "seed": "generation.seed",

@@ -6,11 +6,11 @@ Nothing here imports torch, so that a configuration is validated without waiting
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from diffusion_core.config import Config
+from diffusion_core.config import Config, UserError, later
 
 
 class Choice(StrEnum):
@@ -34,9 +34,19 @@ class ScheduleKind(Choice):
     """How fast an image turns into noise."""
 
     LINEAR = "linear", "variance grows linearly (Ho et al. 2020), scaled to any number of timesteps"
+    SCALED_LINEAR = "scaled_linear", "as quadratic, between the bounds of latent diffusion (Rombach et al. 2022)"
     COSINE = "cosine", "signal follows a squared cosine, gentler at both ends (Nichol & Dhariwal 2021)"
     QUADRATIC = "quadratic", "the square root of the variance grows linearly, slower at the start than linear"
     SIGMOID = "sigmoid", "variance follows a logistic curve, flat at both ends"
+    VP = "vp", "the variance-preserving SDE, linear in continuous time (Song et al. 2021)"
+    VE = "ve", "the variance-exploding SDE, noise up to sigma_max on an unscaled image (Song et al. 2021)"
+    EDM = "edm", "time is the noise level sigma itself, drawn log-normally in training (Karras et al. 2022)"
+    FLOW = "flow", "straight lines from image to noise: flow matching, rectified flow (Lipman et al. 2023)"
+
+    @property
+    def is_discrete(self) -> bool:
+        """Whether it is a table of timesteps; the others have continuous time."""
+        return self not in (ScheduleKind.VP, ScheduleKind.VE, ScheduleKind.EDM, ScheduleKind.FLOW)
 
 
 class Prediction(Choice):
@@ -45,6 +55,8 @@ class Prediction(Choice):
     EPSILON = "epsilon", "the noise that was added"
     X0 = "x0", "the clean image"
     V = "v", "the velocity alpha * epsilon - sigma * x0 (Salimans & Ho 2022)"
+    FLOW = "flow", "the velocity epsilon - x0 of flow matching (Lipman et al. 2023)"
+    EDM = "edm", "a mixture of image and noise of unit variance at every noise level (Karras et al. 2022)"
 
 
 class Variance(Choice):
@@ -59,6 +71,17 @@ class SamplerKind(Choice):
 
     DDPM = "ddpm", "ancestral sampling, noise at every step but the last; best with many steps (Ho et al. 2020)"
     DDIM = "ddim", "deterministic at eta = 0, good from about 20 steps on (Song et al. 2021)"
+    EULER = "euler", "first order on the probability-flow ODE, with churn if wanted (Karras et al. 2022)"
+    HEUN = "heun", "second order, two evaluations a step, with churn if wanted (Karras et al. 2022)"
+    DPMPP_2M = "dpmpp_2m", "DPM-Solver++ of second order, good from about 15 steps on (Lu et al. 2022)"
+    DPMPP_3M = "dpmpp_3m", "DPM-Solver++ of third order, for models without strong guidance (Lu et al. 2022)"
+    DPMPP_2M_SDE = "dpmpp_2m_sde", "DPM-Solver++ of second order with noise at every step (Lu et al. 2022)"
+    DPMPP_3M_SDE = "dpmpp_3m_sde", "DPM-Solver++ of third order with noise at every step (Lu et al. 2022)"
+    UNIPC = "unipc", "predictor and corrector of any order, good from about 10 steps on (Zhao et al. 2023)"
+    PREDICTOR_CORRECTOR = (
+        "predictor_corrector",
+        "ancestral steps with Langevin corrections in between, slow and robust (Song et al. 2021)",
+    )
 
 
 class Spacing(Choice):
@@ -67,6 +90,7 @@ class Spacing(Choice):
     TRAILING = "trailing", "evenly from the very last timestep down; always starts at full noise"
     LEADING = "leading", "evenly from timestep 0 up; the last timesteps are not visited"
     LINSPACE = "linspace", "evenly from the last timestep to timestep 0, both included"
+    KARRAS = "karras", "densely at low noise: sigma / alpha to the power 1 / rho falls evenly (Karras et al. 2022)"
 
 
 class Threshold(Choice):
@@ -81,13 +105,88 @@ class ProcessConfig(Config):
     """The forward process and what the network learns of it."""
 
     schedule: ScheduleKind = Field(ScheduleKind.COSINE, description=f"Noise schedule. {ScheduleKind.explained()}")
-    timesteps: int = Field(1000, ge=2, le=100_000, description="Number of discrete timesteps T of the process.")
+    timesteps: int = Field(
+        1000,
+        ge=2,
+        le=100_000,
+        description="Number of timesteps T of the process; in continuous time its finest division, so that the least "
+        "time is 1 / T of the whole. A sampler takes at most T steps.",
+    )
     prediction: Prediction = Field(
         Prediction.EPSILON, description=f"What the network predicts. {Prediction.explained()}"
     )
     variance: Variance = Field(
         Variance.FIXED_SMALL, description=f"Variance of an ancestral step. {Variance.explained()}"
     )
+    rescale_zero_terminal_snr: bool = later(
+        False,
+        description="Discrete schedules only: shift and scale the signal so that none is left at the last timestep "
+        "(Lin et al. 2024). Not with the prediction epsilon.",
+    )
+    sigma_min: float | None = later(
+        None, gt=0, le=1, description="Schedules ve and edm only: least noise. Default: 0.01 of ve, 0.002 of edm."
+    )
+    sigma_max: float | None = later(
+        None, gt=1, le=1e5, description="Schedules ve and edm only: greatest noise. Default: 50 of ve, 80 of edm."
+    )
+    sigma_data: float = later(
+        0.5, gt=0, le=10, description="Prediction edm only: standard deviation of the images, whose range is [-1, 1]."
+    )
+
+    @model_validator(mode="after")
+    def _options_belong_to_the_schedule(self) -> ProcessConfig:
+        exploding = self.schedule in (ScheduleKind.VE, ScheduleKind.EDM)
+        if self.rescale_zero_terminal_snr and not self.schedule.is_discrete:
+            raise ValueError(
+                f"rescale_zero_terminal_snr is for the schedules with timesteps: leave it off for {self.schedule}"
+            )
+        for name in ("sigma_min", "sigma_max"):
+            if getattr(self, name) is not None and not exploding:
+                raise ValueError(f"{name} is for the schedules ve and edm only: leave it out for {self.schedule}")
+        if self.sigma_data != 0.5 and self.prediction is not Prediction.EDM:
+            raise ValueError(f"sigma_data is for the prediction edm only: leave it at 0.5 for {self.prediction}")
+        return self
+
+    @model_validator(mode="after")
+    def _prediction_suits_the_schedule(self) -> ProcessConfig:
+        if self.prediction is Prediction.EPSILON and self.rescale_zero_terminal_snr:
+            raise ValueError(
+                "rescale_zero_terminal_snr is not accepted with the prediction epsilon, since no image follows from "
+                "the noise where there is nothing else: choose v, x0, flow or edm"
+            )
+        if self.prediction is Prediction.EPSILON and self.schedule is ScheduleKind.FLOW:
+            raise ValueError(
+                "prediction epsilon is not accepted with the schedule flow, since no image follows from the noise "
+                "where there is nothing else: choose flow, v, x0 or edm"
+            )
+        exploding = self.schedule in (ScheduleKind.VE, ScheduleKind.EDM)
+        if self.prediction in (Prediction.V, Prediction.FLOW) and exploding:
+            raise ValueError(
+                f"prediction {self.prediction} is not accepted with the schedule {self.schedule}, under which it grows "
+                "with the noise: choose edm, epsilon or x0"
+            )
+        return self
+
+    def schedule_options(self) -> dict[str, Any]:
+        """What `make_schedule` is told besides kind and timesteps."""
+        options: dict[str, Any] = {
+            name: getattr(self, name) for name in ("sigma_min", "sigma_max") if getattr(self, name) is not None
+        }
+        return {**options, "rescale_zero_terminal_snr": True} if self.rescale_zero_terminal_snr else options
+
+
+_CHURNED = (SamplerKind.EULER, SamplerKind.HEUN)
+# Options of a sampler by the kinds that take them; each is a parameter of the sampler's class by the same name.
+_TAKEN_BY: dict[str, tuple[SamplerKind, ...]] = {
+    "eta": (SamplerKind.DDIM,),
+    "churn": _CHURNED,
+    "churn_min": _CHURNED,
+    "churn_max": _CHURNED,
+    "churn_noise": _CHURNED,
+    "order": (SamplerKind.UNIPC,),
+    "corrector_steps": (SamplerKind.PREDICTOR_CORRECTOR,),
+    "corrector_snr": (SamplerKind.PREDICTOR_CORRECTOR,),
+}
 
 
 class SamplerConfig(Config):
@@ -107,12 +206,70 @@ class SamplerConfig(Config):
     threshold_quantile: float = Field(
         0.995, gt=0.0, le=1.0, description="Dynamic threshold only: the quantile of the magnitudes of each image."
     )
+    rho: float = later(7.0, ge=1.0, le=100.0, description="Karras spacing only: the higher, the more low-noise steps.")
+    churn: float = later(
+        0.0,
+        ge=0.0,
+        le=1000.0,
+        description="Euler and Heun only: noise that is added, spread over all steps (S_churn of Karras et al. 2022).",
+    )
+    churn_min: float = later(
+        0.0, ge=0.0, le=1e6, description="Churn only: least sigma / alpha at which noise is added."
+    )
+    churn_max: float | None = later(
+        None, gt=0.0, le=1e6, description="Churn only: greatest sigma / alpha at which noise is added; none: no limit."
+    )
+    churn_noise: float = later(
+        1.0, ge=0.5, le=2.0, description="Churn only: standard deviation of the noise, slightly above 1 keeps detail."
+    )
+    order: int = later(2, ge=1, le=3, description="UniPC only: order of the predictor; the corrector adds one.")
+    corrector_steps: int = later(
+        1, ge=1, le=100, description="Predictor-corrector only: Langevin corrections before each step but the first."
+    )
+    corrector_snr: float = later(
+        0.16, gt=0.0, le=1.0, description="Predictor-corrector only: signal-to-noise ratio of a Langevin correction."
+    )
 
     @model_validator(mode="after")
-    def _eta_belongs_to_ddim(self) -> SamplerConfig:
-        if self.kind is not SamplerKind.DDIM and self.eta != 0.0:
-            raise ValueError(f"eta is {self.eta}, but only the sampler ddim takes one: leave it at 0 for {self.kind}")
+    def _options_belong_to_the_sampler(self) -> SamplerConfig:
+        for name, kinds in _TAKEN_BY.items():
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if value != default and self.kind not in kinds:
+                takers = f"sampler {kinds[0]} takes" if len(kinds) == 1 else f"samplers {' and '.join(kinds)} take"
+                raise ValueError(f"{name} is {value}, but only the {takers} it: leave it at {default} for {self.kind}")
+        if self.rho != 7.0 and self.spacing is not Spacing.KARRAS:
+            raise ValueError(
+                f"rho is {self.rho}, but only the spacing karras takes it: leave it at 7 for {self.spacing}"
+            )
+        if self.churn_max is not None and self.churn_max <= self.churn_min:
+            raise ValueError(f"churn_max {self.churn_max} must be above churn_min, which is {self.churn_min}")
         return self
+
+    def options(self) -> dict[str, Any]:
+        """What the class of this kind of sampler is told besides schedule and steps."""
+        taken = {name: getattr(self, name) for name, kinds in _TAKEN_BY.items() if self.kind in kinds}
+        return {"spacing": self.spacing, "rho": self.rho, **taken}
+
+
+def check_sampler(field: str, sampler: SamplerConfig, process: ProcessConfig) -> None:
+    """A sampler suits the process that a model was trained with.
+
+    Args:
+        field: path of the sampler's configuration, for the message.
+
+    Raises:
+        UserError: more steps than timesteps, or a spacing that the schedule does not have.
+    """
+    if sampler.steps > process.timesteps:
+        raise UserError(
+            f"{field}.steps: {sampler.steps} is more than the {process.timesteps} timesteps of the model's process."
+        )
+    ends_in_noise = process.rescale_zero_terminal_snr or process.schedule is ScheduleKind.FLOW
+    if sampler.spacing is Spacing.KARRAS and ends_in_noise:
+        raise UserError(
+            f"{field}.spacing: karras is not accepted for a model whose process ends in pure noise, where "
+            "sigma / alpha is infinite: choose trailing, leading or linspace."
+        )
 
 
 class GuidanceConfig(Config):
@@ -121,3 +278,31 @@ class GuidanceConfig(Config):
     scale: float = Field(
         1.0, ge=0.0, le=100.0, description="Guidance scale: 0 ignores the label, 1 is neutral, more follows it more."
     )
+    rescale: float = later(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="Share by which the guided output is brought back to the standard deviation of the one with the "
+        "label (Lin et al. 2024), against overexposure at high scales; they use 0.7.",
+    )
+    min_log_snr: float | None = later(
+        None,
+        ge=-100.0,
+        le=100.0,
+        description="Guide only where log(alpha^2 / sigma^2) is at least this (Kynkäänniemi et al. 2024: sigma_hi = "
+        "exp(-min_log_snr / 2)); at more noise the scale is 1. None: from the start on.",
+    )
+    max_log_snr: float | None = later(
+        None,
+        ge=-100.0,
+        le=100.0,
+        description="Guide only where log(alpha^2 / sigma^2) is at most this (sigma_lo = exp(-max_log_snr / 2)); at "
+        "less noise the scale is 1. None: to the end.",
+    )
+
+    @model_validator(mode="after")
+    def _interval_is_not_empty(self) -> GuidanceConfig:
+        low, high = self.min_log_snr, self.max_log_snr
+        if low is not None and high is not None and low >= high:
+            raise ValueError(f"min_log_snr {low} must be below max_log_snr, which is {high}")
+        return self

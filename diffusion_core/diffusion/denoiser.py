@@ -24,7 +24,7 @@ class Denoiser:
         process: tells how the network's output is read.
         network: called as network(x_t, t, **cond). For guidance it needs the attribute `null_label`.
         cond: keyword arguments for the network, as {"label": (N,) int64}; None for none.
-        guidance: classifier-free guidance, or None, which is the same as a scale of 1.
+        guidance: classifier-free guidance, its interval and its rescaling; None is the same as a scale of 1.
         threshold: what is done to x0_hat, see `Threshold`; None for nothing. A `SamplerConfig` says it with the
             quantile of the dynamic threshold, which is 0.995 otherwise.
 
@@ -43,14 +43,15 @@ class Denoiser:
         self.process = process
         self.network = network
         self.cond = dict(cond or {})
-        self.scale = 1.0 if guidance is None else guidance.scale
+        self.guidance = guidance or GuidanceConfig()
         if not isinstance(threshold, SamplerConfig):
             threshold = SamplerConfig(threshold=Threshold(threshold or Threshold.NONE))
         self.threshold = threshold.threshold
         self.threshold_quantile = threshold.threshold_quantile
-        if self.scale != 1.0 and (self.cond.get("label") is None or not getattr(network, "null_label", 0)):
+        scale = self.guidance.scale
+        if scale != 1.0 and (self.cond.get("label") is None or not getattr(network, "null_label", 0)):
             raise UserError(
-                f"guidance.scale: {self.scale} is not accepted without labels: an unconditional model takes only 1."
+                f"guidance.scale: {scale} is not accepted without labels: an unconditional model takes only 1."
             )
 
     def __call__(self, x_t: Tensor, t: Time) -> Tensor:
@@ -63,38 +64,67 @@ class Denoiser:
         Returns:
             (N, C, H, W) in the dtype of x_t, but at least float32; in [-1, 1] when thresholded.
         """
-        # float32 holds every discrete timestep; networks embed t in float32 anyway.
-        dtype = torch.promote_types(x_t.dtype, torch.float32)
-        if isinstance(t, Tensor):
-            times = t.to(device=x_t.device, dtype=dtype).expand(len(x_t))
-        else:
-            times = torch.full((len(x_t),), t, dtype=dtype, device=x_t.device)
-        x0_hat = self.process.predict_x0(x_t, t, self._output(x_t, times).to(dtype))
+        output = self._output(*self.process.network_inputs(x_t, t), self._scale_at(t, len(x_t)))
+        x0_hat = self.process.predict_x0(x_t, t, output.to(torch.promote_types(x_t.dtype, torch.float32)))
         if self.threshold is Threshold.STATIC:
             return x0_hat.clamp(-1.0, 1.0)
         if self.threshold is Threshold.DYNAMIC:
             return dynamic_threshold(x0_hat, self.threshold_quantile)
         return x0_hat
 
-    def _output(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """The guided output u + s * (c - u) (Ho & Salimans 2022, eq. 6, whose w is s - 1).
+    def _scale_at(self, t: Time, count: int) -> float | Tensor:
+        """The guidance scale at time t: 1 outside of the interval (Kynkäänniemi et al. 2024).
 
-        For a given x_t the noise, x0 and v are affine functions of each other, and the two weights add up to 1: it
-        makes no difference which of them is combined.
+        A number, unless images of one batch have times on both sides: then (N,).
         """
-        if self.scale == 1.0:
-            return self.network(x_t, t, **self.cond)
+        low, high = self.guidance.min_log_snr, self.guidance.max_log_snr
+        if self.guidance.scale == 1.0 or (low is None and high is None):
+            return self.guidance.scale
+        log_snr = self.process.schedule.log_snr(t)
+        inside = torch.ones_like(log_snr, dtype=torch.bool)
+        if low is not None:
+            inside &= log_snr >= low
+        if high is not None:
+            inside &= log_snr <= high
+        if bool(inside.all()):
+            return self.guidance.scale
+        return torch.where(inside, self.guidance.scale, 1.0).expand(count) if bool(inside.any()) else 1.0
+
+    def _output(self, x: Tensor, t: Tensor, scale: float | Tensor) -> Tensor:
+        """The guided output u + s * (c - u) (Ho & Salimans 2022, eq. 6, whose w is s - 1), rescaled if wanted.
+
+        For a given x_t the noise, x0 and v are affine functions of each other, and the two weights add up to 1: without
+        rescaling it makes no difference which of them is combined.
+        """
+        if isinstance(scale, float) and scale == 1.0:
+            return self.network(x, t, **self.cond)
         null = {**self.cond, "label": torch.full_like(self.cond["label"], self._null_label)}
-        if self.scale == 0.0:
-            return self.network(x_t, t, **null)
+        if isinstance(scale, float) and scale == 0.0:
+            return self.network(x, t, **null)
         both: dict[str, Any] = {name: torch.cat((value, null[name])) for name, value in self.cond.items()}
-        output = self.network(torch.cat((x_t, x_t)), torch.cat((t, t)), **both)
+        output = self.network(torch.cat((x, x)), torch.cat((t, t)), **both)
         conditional, unconditional = output.to(torch.promote_types(output.dtype, torch.float32)).chunk(2)
-        return unconditional + self.scale * (conditional - unconditional)
+        if isinstance(scale, Tensor):
+            scale = scale.to(conditional).reshape(-1, *(1,) * (conditional.ndim - 1))
+        guided = unconditional + scale * (conditional - unconditional)
+        return rescale_guided(guided, conditional, self.guidance.rescale) if self.guidance.rescale else guided
 
     @property
     def _null_label(self) -> int:
         return int(self.network.null_label)  # type: ignore[attr-defined]
+
+
+def rescale_guided(guided: Tensor, conditional: Tensor, share: float) -> Tensor:
+    """The guided output at the standard deviation of the conditional one (Lin et al. 2024, eq. 15 and 16).
+
+    Args:
+        guided, conditional: (N, ...) outputs of the network; the standard deviations are those of each image.
+        share: phi, from 0 (left alone) to 1 (all the way).
+    """
+    deviations = [x.flatten(1).std(dim=1, correction=0) for x in (conditional, guided)]
+    ratio = deviations[0] / deviations[1].clamp(min=torch.finfo(guided.dtype).tiny)
+    factor = share * ratio + (1.0 - share)
+    return guided * factor.reshape(-1, *(1,) * (guided.ndim - 1))
 
 
 def dynamic_threshold(x0: Tensor, quantile: float) -> Tensor:

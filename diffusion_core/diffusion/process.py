@@ -14,6 +14,7 @@ from torch import Tensor
 from diffusion_core.config import UserError
 from diffusion_core.diffusion.config import Prediction, ProcessConfig, Variance
 from diffusion_core.diffusion.losses import simple_loss
+from diffusion_core.diffusion.predictions import EDMReading, Reading, make_reading
 from diffusion_core.diffusion.schedules import NoiseSchedule, Time, make_schedule
 
 
@@ -41,6 +42,7 @@ class GaussianProcess:
         schedule: alpha(t) and sigma(t).
         prediction: what the network's output stands for.
         variance: the variance of an ancestral step.
+        sigma_data: standard deviation of the images, for the prediction edm.
 
     Raises:
         UserError: for an unknown prediction or variance, and for a schedule without any signal at its end (zero
@@ -52,14 +54,16 @@ class GaussianProcess:
         schedule: NoiseSchedule,
         prediction: Prediction | str = Prediction.EPSILON,
         variance: Variance | str = Variance.FIXED_SMALL,
+        sigma_data: float = 0.5,
     ) -> None:
         self.schedule = schedule
+        self.sigma_data = sigma_data
         self.prediction = _member(Prediction, prediction, "prediction")
         self.variance = _member(Variance, variance, "variance")
-        if self.prediction is Prediction.EPSILON and float(schedule.alpha(schedule.times(1)[0])) == 0.0:
+        if self.prediction is Prediction.EPSILON and schedule.ends_in_pure_noise:
             raise UserError(
                 "prediction: epsilon is not accepted with a schedule that ends in pure noise (zero terminal SNR): "
-                "choose v or x0."
+                "choose v, x0, flow or edm."
             )
 
     def q_sample(self, x0: Tensor, t: Time, noise: Tensor) -> Tensor:
@@ -68,7 +72,7 @@ class GaussianProcess:
         return alpha * x0 + sigma * noise.to(x0.dtype)
 
     def posterior(self, x0: Tensor, x_t: Tensor, t: Time, s: Time | None = None) -> Posterior:
-        """q(x_s | x_t, x_0) (Ho et al. 2020, eq. 6 and 7), with s = t-1 unless it is given.
+        """q(x_s | x_t, x_0) (Ho et al. 2020, eq. 6 and 7), with s = t-1 unless it is given (needed in continuous time).
 
         At s = t_clean the variance is 0. Its logarithm is then replaced by that of the step before, from
         t+1 to t, as in the code of Ho et al.: it only ever meets a bound that is computed as if it were that small.
@@ -86,27 +90,14 @@ class GaussianProcess:
     def predict_x0(self, x_t: Tensor, t: Time, output: Tensor, prediction: Prediction | str | None = None) -> Tensor:
         """x0 from a network's output, read as `prediction` (default: the process's own)."""
         x_t, alpha, sigma = self._gather(x_t, t)
-        kind = self._kind(prediction)
-        output = output.to(x_t.dtype)
-        if kind is Prediction.X0:
-            return output
-        if kind is Prediction.V:
-            # alpha**2 + sigma**2 is 1 for variance-preserving schedules; dividing keeps the others right.
-            return (alpha * x_t - sigma * output) / (alpha.square() + sigma.square())
-        return (x_t - sigma * output) / alpha
+        return self._reading(prediction).x0(x_t, output.to(x_t.dtype), alpha, sigma)
 
     def predict_epsilon(
         self, x_t: Tensor, t: Time, output: Tensor, prediction: Prediction | str | None = None
     ) -> Tensor:
         """The noise from a network's output, read as `prediction` (default: the process's own)."""
         x_t, alpha, sigma = self._gather(x_t, t)
-        kind = self._kind(prediction)
-        output = output.to(x_t.dtype)
-        if kind is Prediction.EPSILON:
-            return output
-        if kind is Prediction.V:
-            return (sigma * x_t + alpha * output) / (alpha.square() + sigma.square())
-        return (x_t - alpha * output) / sigma
+        return self._reading(prediction).epsilon(x_t, output.to(x_t.dtype), alpha, sigma)
 
     def predict_v(self, x_t: Tensor, t: Time, output: Tensor, prediction: Prediction | str | None = None) -> Tensor:
         """v = alpha * epsilon - sigma * x0 (Salimans & Ho 2022) from an output, read as `prediction`."""
@@ -123,11 +114,25 @@ class GaussianProcess:
 
     def target(self, x0: Tensor, t: Time, noise: Tensor, prediction: Prediction | str | None = None) -> Tensor:
         """What a perfect network would have put out for x0 and its noise."""
-        kind = self._kind(prediction)
         x0, alpha, sigma = self._gather(x0, t)
-        if kind is Prediction.X0:
-            return x0
-        return noise.to(x0.dtype) if kind is Prediction.EPSILON else alpha * noise - sigma * x0
+        return self._reading(prediction).target(x0, noise.to(x0.dtype), alpha, sigma)
+
+    def network_inputs(self, x_t: Tensor, t: Time) -> tuple[Tensor, Tensor]:
+        """What the network is called with: x_t, scaled where the schedule or the prediction wants it, and times (N,).
+
+        The one path to a network, in training and in sampling.
+        """
+        dtype = torch.promote_types(x_t.dtype, torch.float32)  # float32 holds every timestep
+        time = self.schedule.network_time(t)
+        if isinstance(time, Tensor):
+            times = time.to(device=x_t.device, dtype=dtype if time.is_floating_point() else None).expand(len(x_t))
+        else:
+            times = torch.full((len(x_t),), time, dtype=dtype, device=x_t.device)
+        if self.prediction is Prediction.EDM:
+            x_t, alpha, sigma = self._gather(x_t, t)
+            return EDMReading(self.sigma_data).input_scale(alpha, sigma) * x_t, times
+        scale = self.schedule.network_scale(t)
+        return (x_t if scale is None else _column(scale, _wide(x_t)) * x_t), times
 
     def training_losses(self, network: Network, x0: Tensor, t: Tensor, noise: Tensor, **cond: Any) -> Tensor:
         """The simple loss of each image.
@@ -135,13 +140,14 @@ class GaussianProcess:
         Args:
             network: called as network(x_t, t, **cond).
             x0: (N, C, H, W) in [-1, 1].
-            t: (N,) int64 in [0, T-1].
+            t: (N,) times, as from `schedule.training_times`.
             noise: standard normal, of the shape of x0.
 
         Returns:
             (N,) float32 (float64 if x0 is): mean squared error between the network's output and its target.
         """
-        return simple_loss(network(self.q_sample(x0, t, noise), t, **cond), self.target(x0, t, noise))
+        output = network(*self.network_inputs(self.q_sample(x0, t, noise), t), **cond)
+        return simple_loss(output, self.target(x0, t, noise))
 
     def _step(self, x0: Tensor, x_t: Tensor, t: Time, s: Time | None, kind: Variance) -> Posterior:
         x_t = _wide(x_t)
@@ -157,8 +163,7 @@ class GaussianProcess:
 
     def _floored(self, variance: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """The variance with its zeros (at s = t_clean) replaced by that of the step from t + (t - s) to t."""
-        latest = self.schedule.times(1)[0]
-        before = self.schedule.transition(t, torch.clamp(2 * t - s, max=latest)).posterior_variance
+        before = self.schedule.transition(t, torch.clamp(2 * t - s, max=self.schedule.t_max)).posterior_variance
         return torch.where(s == self.schedule.t_clean, before, variance)
 
     def _gather(self, x: Tensor, t: Time) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,10 +174,14 @@ class GaussianProcess:
     def _kind(self, prediction: Prediction | str | None) -> Prediction:
         return self.prediction if prediction is None else _member(Prediction, prediction, "prediction")
 
+    def _reading(self, prediction: Prediction | str | None) -> Reading:
+        return make_reading(self._kind(prediction), self.sigma_data)
+
 
 def make_process(config: ProcessConfig) -> GaussianProcess:
     """The process of a configuration."""
-    return GaussianProcess(make_schedule(config.schedule, config.timesteps), config.prediction, config.variance)
+    schedule = make_schedule(config.schedule, config.timesteps, **config.schedule_options())
+    return GaussianProcess(schedule, config.prediction, config.variance, config.sigma_data)
 
 
 def _wide(x: Tensor) -> Tensor:

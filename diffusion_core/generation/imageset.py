@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from diffusion_core.bundle import BundleConfig
 from diffusion_core.config import Config, UserError, digest, identity
+from diffusion_core.diffusion.config import check_sampler
 from diffusion_core.generation import tables
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.generation.formats import ShardContent, data_keys, decode, encode, write_parquet
@@ -339,11 +340,7 @@ def open_imageset(uri: str | Directory) -> ImageSet:
 
 
 def _check_suits(bundle: BundleConfig, config: GenerationConfig) -> None:
-    if config.sampler.steps > bundle.process.timesteps:
-        raise UserError(
-            f"generation.sampler.steps: {config.sampler.steps} is more than the {bundle.process.timesteps} timesteps "
-            "of the model's process."
-        )
+    check_sampler("generation.sampler", config.sampler, bundle.process)
     if not bundle.class_names and config.guidance.scale != 1:
         raise UserError(
             f"generation.guidance.scale: {config.guidance.scale:g} needs a model with classes, and this one has none: "

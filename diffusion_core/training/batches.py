@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffusion_core.data import Batch, Loader
-from diffusion_core.diffusion import images_to_network, keyed_integers, keyed_normal, keyed_uniform
+from diffusion_core.diffusion import NoiseSchedule, images_to_network, keyed_normal, keyed_uniform
 from diffusion_core.training.config import TrainingConfig
 from diffusion_core.training.world import World
 
@@ -25,7 +25,8 @@ from diffusion_core.training.world import World
 class Microbatch:
     """One forward and backward pass, on the training device.
 
-    x0 and noise: (N, C, H, W) float32; t: (N,) int64; label: (N,) int64 or None; weight: 1, or 0 for a filler.
+    x0 and noise: (N, C, H, W) float32; t: (N,) int64 timesteps, or float64 times where time is
+    continuous; label: (N,) int64 or None; weight: 1, or 0 for a filler.
     `first` is the run position of the first image.
     """
 
@@ -54,14 +55,14 @@ class Batches:
     Args:
         loader: the images by run position.
         num_classes: classes of the dataset, which is also the null label; 0 for none.
-        timesteps: timesteps of the process.
+        schedule: that of the process, which says how likely it is to train at each time.
     """
 
     def __init__(
-        self, loader: Loader, config: TrainingConfig, world: World, num_classes: int, timesteps: int
+        self, loader: Loader, config: TrainingConfig, world: World, num_classes: int, schedule: NoiseSchedule
     ) -> None:
         self.config, self.device = config, world.device
-        self._loader, self._num_classes, self._timesteps = loader, num_classes, timesteps
+        self._loader, self._num_classes, self._schedule = loader, num_classes, schedule
         self._mine = deal(config.batch_size, config.microbatch_size, world.rank, world.size)
         self.count = len(self._mine)
         self._offsets = np.concatenate([np.arange(first, last) for first, last, _ in self._mine])
@@ -85,7 +86,7 @@ class Batches:
             positions = torch.arange(images_seen + first, images_seen + last, device=self.device)
             x0 = images_to_network(batch.images[rows], self.device)
             noise = keyed_normal(seed, "train.noise", positions, x0.shape[1:], self.device)
-            t = keyed_integers(seed, "train.timestep", positions, self._timesteps, self.device)
+            t = self._schedule.training_times(keyed_uniform(seed, "train.timestep", positions, device=self.device))
             label = None if batch.labels is None else self._labels(batch.labels[rows], positions)
             yield Microbatch(self._arranged(x0), self._arranged(noise), t, label, images_seen + first, weight)
 

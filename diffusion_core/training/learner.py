@@ -188,9 +188,10 @@ class Learner:
         size = self.config.microbatch_size
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
         x0 = torch.zeros(size, channels, height, width, device=self.world.device).contiguous(memory_format=layout)
-        t = torch.zeros(size, dtype=torch.int64, device=self.world.device)
+        t = self.process.schedule.training_times(torch.zeros(size, dtype=torch.float64, device=self.world.device))
+        label = torch.zeros(size, dtype=torch.int64, device=self.world.device) if num_classes else None
         for _ in range(2):
-            microbatch = Microbatch(x0, x0, t, t if num_classes else None, 0, 0.0)
+            microbatch = Microbatch(x0, x0, t, label, 0, 0.0)
             self._accumulate(microbatch, exchange=True)
             self.optimizer.zero_grad(set_to_none=True)
 

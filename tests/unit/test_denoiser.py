@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffusion_core.config import UserError
 from diffusion_core.diffusion import Denoiser, GaussianProcess, GuidanceConfig, Prediction, SamplerConfig, make_schedule
-from diffusion_core.diffusion.denoiser import dynamic_threshold
+from diffusion_core.diffusion.denoiser import dynamic_threshold, rescale_guided
 
 
 class Labelled:
@@ -48,7 +48,8 @@ def test_the_output_is_read_as_the_process_predicts(prediction: Prediction) -> N
         return 0.3 * x
 
     for t in (700, 700.0, torch.tensor([700] * 4)):
-        torch.testing.assert_close(Denoiser(p, network)(x_t, t), p.predict_x0(x_t, 700, 0.3 * x_t))
+        seen = p.network_inputs(x_t, 700)[0]
+        torch.testing.assert_close(Denoiser(p, network)(x_t, t), p.predict_x0(x_t, 700, 0.3 * seen))
     assert all(t.tolist() == [700.0] * 4 for t in times)
 
 
@@ -57,9 +58,10 @@ def test_the_output_is_read_as_the_process_predicts(prediction: Prediction) -> N
 def test_guidance_is_u_plus_s_times_c_minus_u_in_every_channel(scale: float, prediction: Prediction) -> None:
     p, x_t, network = process(prediction), noisy(), Labelled()
     got = Denoiser(p, network, {"label": LABELS}, GuidanceConfig(scale=scale))(x_t, 400)
-    conditional = p.predict_epsilon(x_t, 400, network(x_t, torch.tensor(400), label=LABELS))
+    seen = p.network_inputs(x_t, 400)[0]
+    conditional = p.predict_epsilon(x_t, 400, network(seen, torch.tensor(400), label=LABELS))
     null = torch.full_like(LABELS, 10)
-    unconditional = p.predict_epsilon(x_t, 400, network(x_t, torch.tensor(400), label=null))
+    unconditional = p.predict_epsilon(x_t, 400, network(seen, torch.tensor(400), label=null))
     guided = unconditional + scale * (conditional - unconditional)
     torch.testing.assert_close(got, p.predict_x0(x_t, 400, guided, "epsilon"))
 
@@ -98,6 +100,65 @@ def test_guidance_needs_labels() -> None:
 
     with pytest.raises(UserError, match="unconditional"):
         Denoiser(process(), Unconditional(), {"label": LABELS}, GuidanceConfig(scale=0))
+
+
+def outputs(x_t: Tensor, network: Labelled) -> tuple[Tensor, Tensor]:
+    """With and without the label."""
+    t = torch.tensor(400)
+    return network(x_t, t, label=LABELS), network(x_t, t, label=torch.full_like(LABELS, 10))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.7, 1.0])
+def test_rescaling_brings_back_the_deviation_of_each_image(share: float) -> None:
+    """Lin et al. 2024, eq. 15 and 16, on the network's output."""
+    x_t, network = noisy(), Labelled()
+    got = Denoiser(process("x0"), network, {"label": LABELS}, GuidanceConfig(scale=5, rescale=share))(x_t, 400)
+    conditional, unconditional = outputs(x_t, network)
+    guided = unconditional + 5 * (conditional - unconditional)
+    for index in range(4):
+        ratio = conditional[index].std() / guided[index].std()
+        torch.testing.assert_close(got[index], share * ratio * guided[index] + (1 - share) * guided[index])
+    if share == 1.0:
+        torch.testing.assert_close(got.flatten(1).std(dim=1), conditional.flatten(1).std(dim=1))
+
+
+def test_a_flat_output_is_not_rescaled_into_infinity() -> None:
+    flat = torch.zeros(2, 1, 2, 2)
+    assert torch.equal(rescale_guided(flat, flat + 1, 1.0), flat)
+
+
+@pytest.mark.parametrize("t", [100, 400, 900])
+def test_guidance_has_an_interval_in_log_snr(t: int) -> None:
+    """Inside both outputs are asked for, outside only the one with the label (Kynkäänniemi et al. 2024)."""
+    p, x_t, network = process(), noisy(), Labelled()
+    low, high = float(p.schedule.log_snr(700)), float(p.schedule.log_snr(200))
+    guidance = GuidanceConfig(scale=3, min_log_snr=low, max_log_snr=high)
+    got = Denoiser(p, network, {"label": LABELS}, guidance)(x_t, t)
+    inside = t == 400
+    assert [len(x) for x, _, _ in network.calls] == [8 if inside else 4]
+    conditional, unconditional = outputs(x_t, network)
+    expected = unconditional + 3 * (conditional - unconditional) if inside else conditional
+    torch.testing.assert_close(got, p.predict_x0(x_t, t, expected))
+
+
+def test_times_on_both_sides_of_the_interval_in_one_batch() -> None:
+    p, x_t, network = process(), noisy(), Labelled()
+    guidance = GuidanceConfig(scale=3, min_log_snr=float(p.schedule.log_snr(500)))
+    t = torch.tensor([100, 499, 501, 900])
+    got = Denoiser(p, network, {"label": LABELS}, guidance)(x_t, t)
+    conditional, unconditional = outputs(x_t, network)
+    scale = torch.tensor([3.0, 3.0, 1.0, 1.0], dtype=torch.float64)[:, None, None, None]
+    torch.testing.assert_close(got, p.predict_x0(x_t, t, unconditional + scale * (conditional - unconditional)))
+
+
+@pytest.mark.parametrize("limits", [{"min_log_snr": 0.0}, {"max_log_snr": 0.0}])
+def test_the_interval_may_be_open_at_one_end(limits: dict[str, float]) -> None:
+    p, network = process(), Labelled()
+    denoiser = Denoiser(p, network, {"label": LABELS}, GuidanceConfig(scale=3, **limits))
+    denoiser(noisy(), 10)
+    denoiser(noisy(), 990)
+    sizes = [len(x) for x, _, _ in network.calls]
+    assert sizes == ([8, 4] if "min_log_snr" in limits else [4, 8])
 
 
 def test_half_precision_outputs_are_combined_in_float32() -> None:

@@ -15,15 +15,12 @@ from diffusion_core.config import UserError
 from diffusion_core.diffusion import (
     DiscreteSchedule,
     GaussianProcess,
-    NoiseSchedule,
     Prediction,
     ProcessConfig,
-    Spacing,
     make_process,
     make_schedule,
 )
 from diffusion_core.diffusion.losses import simple_loss
-from diffusion_core.diffusion.schedules import Time
 
 PREDICTIONS = [prediction.value for prediction in Prediction]
 quick = settings(max_examples=40, deadline=None)
@@ -146,7 +143,9 @@ def test_training_losses_are_per_image_mean_squared_errors(prediction: str) -> N
     assert losses.shape == (4,)
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses, process.target(x0, t, noise).square().mean(dim=(1, 2, 3)))
-    torch.testing.assert_close(seen["x_t"], process.q_sample(x0, t, noise))
+    x_t = process.q_sample(x0, t, noise)
+    torch.testing.assert_close(seen["x_t"], process.network_inputs(x_t, t)[0])
+    assert torch.equal(seen["x_t"], x_t) or prediction == "edm"
     assert torch.equal(seen["label"], torch.arange(4))
     assert torch.equal(seen["t"], t)
     perfect = process.training_losses(lambda x_t, t, /: process.target(x0, t, noise), x0, t, noise)
@@ -178,30 +177,17 @@ def test_unknown_names_are_refused() -> None:
         GaussianProcess(make_schedule("linear"), variance="learned")
 
 
-class EndsInPureNoise(NoiseSchedule):
-    t_clean = 0.0
-
-    def alpha(self, t: Time) -> Tensor:
-        return 1 - torch.as_tensor(t, dtype=torch.float64)
-
-    def sigma(self, t: Time) -> Tensor:
-        return torch.as_tensor(t, dtype=torch.float64)
-
-    def times(self, steps: int, spacing: Spacing = Spacing.TRAILING) -> list[float]:
-        return [1 - i / steps for i in range(steps)]
-
-
 def test_a_schedule_without_signal_at_its_end_is_refused_for_epsilon_only() -> None:
     with pytest.raises(UserError, match="zero terminal SNR"):
-        GaussianProcess(EndsInPureNoise(), "epsilon")
-    process = GaussianProcess(EndsInPureNoise(), "v")
+        GaussianProcess(make_schedule("flow"), "epsilon")
+    process = GaussianProcess(make_schedule("flow"), "v")
     x0, noise = images(), images(seed=1)
     torch.testing.assert_close(process.predict_x0(noise, 1.0, process.target(x0, 1.0, noise)), x0)
 
 
 def test_any_schedule_with_alpha_and_sigma_has_a_posterior() -> None:
     """Not variance-preserving, real times: compared with Bayes' rule for q(x_t | x_s)."""
-    schedule = EndsInPureNoise()
+    schedule = make_schedule("flow")
     s, t = 0.3, 0.5
     a = 0.5 / 0.7
     forward = 0.5**2 - a**2 * 0.3**2

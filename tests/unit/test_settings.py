@@ -42,6 +42,13 @@ def test_the_last_word_wins(tmp_path: Path):
     assert config.training.learning_rate == load_config(preset="digits").training.learning_rate
 
 
+def test_the_sampler_is_an_option_of_its_own():
+    config = load("digits", None, [], False, {"sampler": "dpmpp_2m", "steps": "12"})
+    assert (config.generation.sampler.kind, config.generation.sampler.steps) == ("dpmpp_2m", 12)
+    with pytest.raises(UserError, match=r"sampler\.kind.*'euclid'.*unipc"):
+        load("digits", None, [], False, {"sampler": "euclid"})
+
+
 def test_values_are_yaml():
     config = load_config(
         preset="digits",

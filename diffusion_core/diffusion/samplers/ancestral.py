@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 from torch import Tensor
 
-from diffusion_core.diffusion.config import SamplerConfig, Spacing, Variance
+from diffusion_core.diffusion.config import SamplerConfig, Variance
 from diffusion_core.diffusion.process import GaussianProcess
-from diffusion_core.diffusion.samplers.base import Sampler
+from diffusion_core.diffusion.samplers.base import Move, Sampler
 from diffusion_core.diffusion.schedules import NoiseSchedule
 
 
@@ -18,27 +18,23 @@ class AncestralSampler(Sampler):
 
     Args:
         variance: fixed_small, the posterior's (eq. 7), or fixed_large, that of the forward step from s to t.
+        grid: which times are visited, as in `Sampler`.
     """
 
     def __init__(
-        self,
-        schedule: NoiseSchedule,
-        steps: int,
-        spacing: Spacing | str = Spacing.TRAILING,
-        times: Sequence[float] | None = None,
-        variance: Variance | str = Variance.FIXED_SMALL,
+        self, schedule: NoiseSchedule, steps: int, *, variance: Variance | str = Variance.FIXED_SMALL, **grid: Any
     ) -> None:
-        super().__init__(schedule, steps, spacing, times)
+        super().__init__(schedule, steps, **grid)
         self.variance = Variance(variance)
 
     @classmethod
-    def from_config(cls, config: SamplerConfig, process: GaussianProcess) -> AncestralSampler:
-        return cls(process.schedule, config.steps, config.spacing, variance=process.variance)
+    def from_config(cls, config: SamplerConfig, process: GaussianProcess) -> Self:
+        return cls(process.schedule, config.steps, variance=process.variance, **config.options())
 
-    def step(self, x_t: Tensor, x0_hat: Tensor, t: float, s: float, draw: Callable[[], Tensor]) -> Tensor:
-        step = self.schedule.transition(s, t)
-        mean = float(step.x_t_coefficient) * x_t + float(step.x0_coefficient) * x0_hat
-        if s == self.schedule.t_clean:  # no noise on the result, whatever the variance
+    def step(self, move: Move) -> Tensor:
+        step = self.schedule.transition(move.s, move.t)
+        mean = float(step.x_t_coefficient) * move.x_t + float(step.x0_coefficient) * move.x0_hat
+        if move.last:  # no noise on the result, whatever the variance
             return mean
         variance = step.forward_variance if self.variance is Variance.FIXED_LARGE else step.posterior_variance
-        return mean + math.sqrt(float(variance)) * draw()
+        return mean + math.sqrt(float(variance)) * move.draw()

@@ -9,12 +9,16 @@ import math
 import signal
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from diffusion_core.bundle import load_bundle
 from diffusion_core.config import UserError
+from diffusion_core.diffusion.config import ProcessConfig, SamplerConfig
+from diffusion_core.generation.config import GenerationConfig
+from diffusion_core.generation.worker import Generator
 from diffusion_core.training import loop as loop_module
 from diffusion_core.training import open_run, train
 from diffusion_core.training.checkpoint import checkpoints
@@ -59,6 +63,29 @@ def straight(dataset, tmp_path_factory):
     spec = toy_spec(dataset)
     run = open_run(str(tmp_path_factory.mktemp("straight")), spec)
     return run, train(spec, run)
+
+
+@pytest.mark.parametrize(
+    "process",
+    [
+        {"schedule": "edm", "prediction": "edm"},
+        {"schedule": "flow", "prediction": "flow"},
+        {"prediction": "v", "rescale_zero_terminal_snr": True},
+    ],
+)
+def test_every_kind_of_process_is_trained_exported_and_sampled(process, dataset, tmp_path):
+    spec = toy_spec(dataset, images=800, ema_halflife_images=100, learning_rate=5e-3)
+    spec = spec.model_copy(update={"process": ProcessConfig.model_validate(process)})
+    run = open_run(str(tmp_path), spec)
+    outcome = train(spec, run)
+    bundle = load_bundle(run.bundle(outcome.images_seen).uri)
+    assert bundle.config.process == spec.process
+    sampler = SamplerConfig.model_validate({"kind": "dpmpp_2m", "steps": 10})
+    generator = Generator(bundle, GenerationConfig(sampler=sampler, batch_size=30))
+    images = generator.images(np.arange(30), np.arange(30) % 3)
+    # The classes of the toy are three brightnesses, 90 apart.
+    means = [images[label::3].mean() for label in range(3)]
+    assert means[0] + 20 < means[1] < means[2] - 20, means
 
 
 def test_a_run_ends_at_its_images_with_a_bundle(straight, dataset):
