@@ -122,8 +122,8 @@ def run_job(
     place.write("request.json", request.model_dump_json(indent=2).encode())
     if on_start:
         on_start(job)
-    handle = _start(stage, job, backend)
     with KeptLog(place) as log:
+        handle = _start(stage, job, backend)
         try:
             for line in handle.lines():
                 event = parse_progress(line)
