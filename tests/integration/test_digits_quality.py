@@ -13,6 +13,7 @@ from tests.digits_quality import legible, recall
 SHORTER = ["training.images=48000", "training.preview_every_images=0", "training.checkpoint_every_images=48000"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_generated_digits_are_legible_and_varied(ray_cluster: object, store: str) -> None:
     config = load_config("digits", settings=SHORTER, shortcuts={"store": store})
