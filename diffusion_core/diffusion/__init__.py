@@ -30,6 +30,8 @@ if TYPE_CHECKING:
         keyed_permutation,
         keyed_uniform,
     )
+    from diffusion_core.diffusion.objective import Objective, training_times
+    from diffusion_core.diffusion.objective_config import LossKind, ObjectiveConfig, TimeDraw, Weighting
     from diffusion_core.diffusion.pixels import from_uint8, images_from_network, images_to_network, to_uint8
     from diffusion_core.diffusion.process import GaussianProcess, make_process
     from diffusion_core.diffusion.samplers import build_sampler, make_sampler
@@ -49,6 +51,8 @@ _HOME = {
     ),
     "denoiser": ("Denoiser",),
     "noise": ("KeyedNoise", "keyed_integers", "keyed_normal", "keyed_permutation", "keyed_uniform"),
+    "objective": ("Objective", "training_times"),
+    "objective_config": ("LossKind", "ObjectiveConfig", "TimeDraw", "Weighting"),
     "pixels": ("from_uint8", "images_from_network", "images_to_network", "to_uint8"),
     "process": ("GaussianProcess", "make_process"),
     "samplers": ("build_sampler", "make_sampler"),
@@ -62,7 +66,10 @@ __all__ = [
     "GaussianProcess",
     "GuidanceConfig",
     "KeyedNoise",
+    "LossKind",
     "NoiseSchedule",
+    "Objective",
+    "ObjectiveConfig",
     "Prediction",
     "ProcessConfig",
     "SamplerConfig",
@@ -70,7 +77,9 @@ __all__ = [
     "ScheduleKind",
     "Spacing",
     "Threshold",
+    "TimeDraw",
     "Variance",
+    "Weighting",
     "build_sampler",
     "from_uint8",
     "images_from_network",
@@ -83,6 +92,7 @@ __all__ = [
     "make_sampler",
     "make_schedule",
     "to_uint8",
+    "training_times",
 ]
 
 

@@ -66,21 +66,30 @@ def straight(dataset, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "process",
+    ("process", "objective", "kind"),
     [
-        {"schedule": "edm", "prediction": "edm"},
-        {"schedule": "flow", "prediction": "flow"},
-        {"prediction": "v", "rescale_zero_terminal_snr": True},
+        ({"schedule": "edm", "prediction": "edm"}, {"time_mean": -0.4, "time_std": 1.0}, "dpmpp_2m"),
+        ({"schedule": "flow", "prediction": "flow"}, {"times": "logit_normal"}, "dpmpp_2m"),
+        ({"prediction": "v", "rescale_zero_terminal_snr": True}, {"weighting": "min_snr"}, "dpmpp_2m"),
+        ({"variance": "learned_range"}, {"loss": "hybrid"}, "ddpm"),
+        (
+            {"variance": "learned_range", "prediction": "v"},
+            {"loss": "vlb", "times": "importance", "importance": (8, 4, 2, 1)},
+            "ddpm",
+        ),
     ],
 )
-def test_every_kind_of_process_is_trained_exported_and_sampled(process, dataset, tmp_path):
-    spec = toy_spec(dataset, images=800, ema_halflife_images=100, learning_rate=5e-3)
+def test_every_kind_of_process_and_objective_is_trained_exported_and_sampled(
+    process, objective, kind, dataset, tmp_path
+):
+    spec = toy_spec(dataset, images=800, ema_halflife_images=100, learning_rate=5e-3, objective=objective)
     spec = spec.model_copy(update={"process": ProcessConfig.model_validate(process)})
     run = open_run(str(tmp_path), spec)
     outcome = train(spec, run)
     bundle = load_bundle(run.bundle(outcome.images_seen).uri)
     assert bundle.config.process == spec.process
-    sampler = SamplerConfig.model_validate({"kind": "dpmpp_2m", "steps": 10})
+    assert (bundle.network.conv_out.bias != 0).all(), "zero at first: every channel has learned, the variance's too"
+    sampler = SamplerConfig.model_validate({"kind": kind, "steps": 10})
     generator = Generator(bundle, GenerationConfig(sampler=sampler, batch_size=30))
     images = generator.images(np.arange(30), np.arange(30) % 3)
     # The classes of the toy are three brightnesses, 90 apart.
