@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         Variance,
     )
     from diffusion_core.diffusion.denoiser import Denoiser
+    from diffusion_core.diffusion.likelihood import dequantised, log_likelihood, timestep_rms, variational_bound
     from diffusion_core.diffusion.noise import (
         KeyedNoise,
         keyed_integers,
@@ -50,6 +51,7 @@ _HOME = {
         "Variance",
     ),
     "denoiser": ("Denoiser",),
+    "likelihood": ("dequantised", "log_likelihood", "timestep_rms", "variational_bound"),
     "noise": ("KeyedNoise", "keyed_integers", "keyed_normal", "keyed_permutation", "keyed_uniform"),
     "objective": ("Objective", "training_times"),
     "objective_config": ("LossKind", "ObjectiveConfig", "TimeDraw", "Weighting"),
@@ -81,6 +83,7 @@ __all__ = [
     "Variance",
     "Weighting",
     "build_sampler",
+    "dequantised",
     "from_uint8",
     "images_from_network",
     "images_to_network",
@@ -88,11 +91,14 @@ __all__ = [
     "keyed_normal",
     "keyed_permutation",
     "keyed_uniform",
+    "log_likelihood",
     "make_process",
     "make_sampler",
     "make_schedule",
+    "timestep_rms",
     "to_uint8",
     "training_times",
+    "variational_bound",
 ]
 
 
