@@ -58,12 +58,12 @@ def decoder_nats(x0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 def min_snr_weight(snr: Tensor, gamma: float) -> Tensor:
-    """Weight min(SNR, gamma) of the squared error of x0 (Hang et al. 2023, eq. 8)."""
+    """Weight min(SNR, gamma) of the squared error of x0 (Hang et al. 2023, section 3.4)."""
     return snr.clamp(max=gamma)
 
 
 def p2_weight(snr: Tensor, gamma: float, k: float) -> Tensor:
-    """Weight of the squared error of x0 that is 1 / (k + SNR)**gamma of that of the noise (Choi et al. 2022, eq. 8)."""
+    """Weight of the squared error of x0 that is 1 / (k + SNR)**gamma of that of the noise (Choi et al. 2022)."""
     return snr * (k + snr) ** -gamma
 
 

@@ -102,7 +102,7 @@ def training_times(process: ProcessConfig, objective: ObjectiveConfig) -> Callab
         schedule = make_schedule(process.schedule, process.timesteps, **options)
         mean, std = given.get("log_mean", 0.0), given.get("log_std", 1.0)
 
-        def logit_normal(uniform: Tensor) -> Tensor:  # Esser et al. 2024, eq. 19
+        def logit_normal(uniform: Tensor) -> Tensor:  # Esser et al. 2024, section 3.1
             times = torch.sigmoid(mean + std * torch.special.ndtri(uniform.double()))
             return times.clamp(schedule.t_min, schedule.t_max)
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from diffusion_core.bundle import load_bundle
 from diffusion_core.config import UserError
-from diffusion_core.diffusion.config import ProcessConfig, SamplerConfig
+from diffusion_core.diffusion.config import ProcessConfig, SamplerConfig, Variance
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.generation.worker import Generator
 from diffusion_core.training import loop as loop_module
@@ -135,9 +135,11 @@ def test_continuing_after_a_crash_is_bit_equal(store, dataset, straight, crashes
     assert losses(run) == losses(straight[0]), "recorded once each, with the same values"
 
 
-def test_continuing_with_dropout_flips_and_bfloat16_is_bit_equal(store, tmp_path, dataset):
-    changes = {"precision": "bfloat16", "horizontal_flip": True, "weight_decay": 0.1}
+def test_continuing_with_dropout_flips_bfloat16_and_a_learned_variance_is_bit_equal(store, tmp_path, dataset):
+    objective = {"loss": "hybrid", "times": "importance", "importance": (3, 1)}
+    changes = {"precision": "bfloat16", "horizontal_flip": True, "weight_decay": 0.1, "objective": objective}
     spec = toy_spec(dataset, toy_network(dropout=0.3), **changes)
+    spec = spec.model_copy(update={"process": ProcessConfig(variance=Variance.LEARNED_RANGE)})
     whole, parts = open_run(str(tmp_path / "other"), spec), open_run(store, spec)
     train(spec, whole)
     with pytest.raises(CrashError):
