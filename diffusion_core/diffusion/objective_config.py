@@ -66,11 +66,12 @@ class ObjectiveConfig(Config):
         le=20,
         description="Standard deviation of the same (P_std; default 1.2 for edm, 1 for logit_normal).",
     )
-    importance: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field(
+    importance: tuple[Annotated[float, Field(ge=1e-6, le=1e6)], ...] = Field(
         (),
         max_length=4096,
         description="Times importance only: how often each of equal ranges of timesteps is drawn, the least noise "
-        "first, in any unit; best are the root mean squares of the loss there (Nichol & Dhariwal 2021, section 3.3).",
+        "first, in any unit; best are the root mean squares of the loss there (Nichol & Dhariwal 2021, section 3.3), "
+        "which diffusion_core.diffusion.timestep_rms finds of a trained model.",
     )
 
     @model_validator(mode="after")
