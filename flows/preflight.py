@@ -19,7 +19,8 @@ from urllib.parse import urlsplit
 from diffusion_core.config import UserError
 from diffusion_core.data.config import DatasetConfig, SourceConfig, SourceKind, SplitSource
 from diffusion_core.diffusion.config import ProcessConfig, check_sampler
-from diffusion_core.evaluation.config import EvaluationConfig
+from diffusion_core.diffusion.objective_config import check_objective
+from diffusion_core.evaluation.config import EvaluationConfig, check_likelihood
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.jobs.backend import BackendConfig, BackendKind, jobs_address
 from diffusion_core.jobs.requests import EvaluateRequest, GenerateRequest, Resources, ShardRequest, TrainRequest
@@ -49,6 +50,8 @@ def check_pipeline(config: PipelineConfig) -> None:
     check_held_out(config.source, config.dataset)
     check_sampler("evaluation.sampler", config.evaluation.sampler, config.process)
     check_sampler("generation.sampler", config.generation.sampler, config.process)
+    check_objective("training.objective", config.training.objective, config.process)
+    check_likelihood("evaluation.likelihood", config.evaluation.likelihood, config.process)
     check_evaluation(config.evaluation)
     check_labels(config.generation, known_classes(config.source))
     check_unmoved(config.training.init_from, config.name)
@@ -70,6 +73,7 @@ def check_train(request: TrainRequest, backend: BackendConfig) -> None:
     check_resources("resources.train", request.resources, backend)
     height, width, channels = open_dataset(request.dataset_uri).image_shape
     check_image_size(request.network, height, width)
+    check_objective("training.objective", request.training.objective, request.process)
     check_init_from(request.training.init_from, request.network, request.process, channels, request.store)
 
 
@@ -89,6 +93,7 @@ def check_evaluate(request: EvaluateRequest, backend: BackendConfig) -> None:
     if not dataset.num_rows("test"):
         raise UserError(f"The dataset {request.dataset_uri} has no test split, and the figures need held-out images.")
     check_sampler("evaluation.sampler", request.evaluation.sampler, bundle.process)
+    check_likelihood("evaluation.likelihood", request.evaluation.likelihood, bundle.process)
     check_evaluation(request.evaluation)
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         Variance,
     )
     from diffusion_core.diffusion.denoiser import Denoiser
+    from diffusion_core.diffusion.likelihood import dequantised, log_likelihood, timestep_rms, variational_bound
     from diffusion_core.diffusion.noise import (
         KeyedNoise,
         keyed_integers,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
         keyed_permutation,
         keyed_uniform,
     )
+    from diffusion_core.diffusion.objective import Objective, training_times
+    from diffusion_core.diffusion.objective_config import LossKind, ObjectiveConfig, TimeDraw, Weighting
     from diffusion_core.diffusion.pixels import from_uint8, images_from_network, images_to_network, to_uint8
     from diffusion_core.diffusion.process import GaussianProcess, make_process
     from diffusion_core.diffusion.samplers import build_sampler, make_sampler
@@ -48,7 +51,10 @@ _HOME = {
         "Variance",
     ),
     "denoiser": ("Denoiser",),
+    "likelihood": ("dequantised", "log_likelihood", "timestep_rms", "variational_bound"),
     "noise": ("KeyedNoise", "keyed_integers", "keyed_normal", "keyed_permutation", "keyed_uniform"),
+    "objective": ("Objective", "training_times"),
+    "objective_config": ("LossKind", "ObjectiveConfig", "TimeDraw", "Weighting"),
     "pixels": ("from_uint8", "images_from_network", "images_to_network", "to_uint8"),
     "process": ("GaussianProcess", "make_process"),
     "samplers": ("build_sampler", "make_sampler"),
@@ -62,7 +68,10 @@ __all__ = [
     "GaussianProcess",
     "GuidanceConfig",
     "KeyedNoise",
+    "LossKind",
     "NoiseSchedule",
+    "Objective",
+    "ObjectiveConfig",
     "Prediction",
     "ProcessConfig",
     "SamplerConfig",
@@ -70,8 +79,11 @@ __all__ = [
     "ScheduleKind",
     "Spacing",
     "Threshold",
+    "TimeDraw",
     "Variance",
+    "Weighting",
     "build_sampler",
+    "dequantised",
     "from_uint8",
     "images_from_network",
     "images_to_network",
@@ -79,10 +91,14 @@ __all__ = [
     "keyed_normal",
     "keyed_permutation",
     "keyed_uniform",
+    "log_likelihood",
     "make_process",
     "make_sampler",
     "make_schedule",
+    "timestep_rms",
     "to_uint8",
+    "training_times",
+    "variational_bound",
 ]
 
 

@@ -64,6 +64,10 @@ class Variance(Choice):
 
     FIXED_SMALL = "fixed_small", "that of the posterior q(x_s | x_t, x_0), right for data of no variance"
     FIXED_LARGE = "fixed_large", "that of the forward step q(x_t | x_s), right for data of unit variance"
+    LEARNED_RANGE = (
+        "learned_range",
+        "between these two, where the network says; trained by the losses hybrid and vlb (Nichol & Dhariwal 2021)",
+    )
 
 
 class SamplerKind(Choice):
@@ -143,6 +147,10 @@ class ProcessConfig(Config):
         for name in ("sigma_min", "sigma_max"):
             if getattr(self, name) is not None and not exploding:
                 raise ValueError(f"{name} is for the schedules ve and edm only: leave it out for {self.schedule}")
+        if self.variance is Variance.LEARNED_RANGE and not self.schedule.is_discrete:
+            raise ValueError(
+                f"variance learned_range is for the schedules with timesteps: choose fixed_small for {self.schedule}"
+            )
         if self.sigma_data != 0.5 and self.prediction is not Prediction.EDM:
             raise ValueError(f"sigma_data is for the prediction edm only: leave it at 0.5 for {self.prediction}")
         return self
@@ -166,6 +174,10 @@ class ProcessConfig(Config):
                 "with the noise: choose edm, epsilon or x0"
             )
         return self
+
+    def output_channels(self, channels: int) -> int:
+        """Channels of a network's output for images of so many: twice them where it tells the variance too."""
+        return 2 * channels if self.variance is Variance.LEARNED_RANGE else channels
 
     def schedule_options(self) -> dict[str, Any]:
         """What `make_schedule` is told besides kind and timesteps."""

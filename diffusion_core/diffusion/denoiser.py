@@ -6,7 +6,7 @@ Conditioning, guidance and thresholding live here, so that samplers never see th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,13 @@ from diffusion_core.config import UserError
 from diffusion_core.diffusion.config import GuidanceConfig, SamplerConfig, Threshold
 from diffusion_core.diffusion.process import GaussianProcess, Network
 from diffusion_core.diffusion.schedules import Time
+
+
+class Estimate(NamedTuple):
+    """What is known of one step: x0_hat, and where a learned variance lies (see `GaussianProcess.split`) or None."""
+
+    x0_hat: Tensor
+    fraction: Tensor | None = None
 
 
 class Denoiser:
@@ -64,13 +71,17 @@ class Denoiser:
         Returns:
             (N, C, H, W) in the dtype of x_t, but at least float32; in [-1, 1] when thresholded.
         """
-        output = self._output(*self.process.network_inputs(x_t, t), self._scale_at(t, len(x_t)))
+        return self.estimate(x_t, t).x0_hat
+
+    def estimate(self, x_t: Tensor, t: Time) -> Estimate:
+        """As a call, with the learned variance if the process has one: guided predictions keep that of the label."""
+        output, fraction = self._output(*self.process.network_inputs(x_t, t), self._scale_at(t, len(x_t)))
         x0_hat = self.process.predict_x0(x_t, t, output.to(torch.promote_types(x_t.dtype, torch.float32)))
         if self.threshold is Threshold.STATIC:
-            return x0_hat.clamp(-1.0, 1.0)
-        if self.threshold is Threshold.DYNAMIC:
-            return dynamic_threshold(x0_hat, self.threshold_quantile)
-        return x0_hat
+            x0_hat = x0_hat.clamp(-1.0, 1.0)
+        elif self.threshold is Threshold.DYNAMIC:
+            x0_hat = dynamic_threshold(x0_hat, self.threshold_quantile)
+        return Estimate(x0_hat, fraction)
 
     def _scale_at(self, t: Time, count: int) -> float | Tensor:
         """The guidance scale at time t: 1 outside of the interval (Kynkäänniemi et al. 2024).
@@ -90,24 +101,27 @@ class Denoiser:
             return self.guidance.scale
         return torch.where(inside, self.guidance.scale, 1.0).expand(count) if bool(inside.any()) else 1.0
 
-    def _output(self, x: Tensor, t: Tensor, scale: float | Tensor) -> Tensor:
-        """The guided output u + s * (c - u) (Ho & Salimans 2022, eq. 6, whose w is s - 1), rescaled if wanted.
+    def _output(self, x: Tensor, t: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor | None]:
+        """The guided prediction u + s * (c - u) (Ho & Salimans 2022, eq. 6, whose w is s - 1), rescaled if wanted.
 
         For a given x_t the noise, x0 and v are affine functions of each other, and the two weights add up to 1: without
         rescaling it makes no difference which of them is combined.
         """
         if isinstance(scale, float) and scale == 1.0:
-            return self.network(x, t, **self.cond)
+            return self.process.split(self.network(x, t, **self.cond))
         null = {**self.cond, "label": torch.full_like(self.cond["label"], self._null_label)}
         if isinstance(scale, float) and scale == 0.0:
-            return self.network(x, t, **null)
+            return self.process.split(self.network(x, t, **null))
         both: dict[str, Any] = {name: torch.cat((value, null[name])) for name, value in self.cond.items()}
         output = self.network(torch.cat((x, x)), torch.cat((t, t)), **both)
-        conditional, unconditional = output.to(torch.promote_types(output.dtype, torch.float32)).chunk(2)
+        with_label, without = output.to(torch.promote_types(output.dtype, torch.float32)).chunk(2)
+        (conditional, fraction), (unconditional, _) = self.process.split(with_label), self.process.split(without)
         if isinstance(scale, Tensor):
             scale = scale.to(conditional).reshape(-1, *(1,) * (conditional.ndim - 1))
         guided = unconditional + scale * (conditional - unconditional)
-        return rescale_guided(guided, conditional, self.guidance.rescale) if self.guidance.rescale else guided
+        if self.guidance.rescale:
+            guided = rescale_guided(guided, conditional, self.guidance.rescale)
+        return guided, fraction
 
     @property
     def _null_label(self) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from diffusion_core.bundle import BundleConfig, bundle_digest, read_bundle_config
 from diffusion_core.config import UserError, digest, identity
 from diffusion_core.data.shards import ImageDataset, open_dataset
-from diffusion_core.evaluation.config import EvaluationConfig, EvaluationLabels
+from diffusion_core.evaluation.config import EvaluationConfig, EvaluationLabels, check_likelihood
 from diffusion_core.evaluation.identity import extractor_identity
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.jobs.protocol import main
@@ -83,6 +83,7 @@ def evaluate(
     dataset, bundle = open_dataset(dataset_uri), read_bundle_config(bundle_uri)
     samples = samples_of(config, dataset)
     check_comparable(bundle, dataset)
+    check_likelihood("evaluation.likelihood", config.likelihood, bundle.process)
     bundle_id = bundle_digest(bundle_uri)
     evaluation_id = digest(
         "evaluation", _ALGORITHM, bundle_id, dataset.version, extractor_identity(config, dataset.version), config
@@ -104,7 +105,7 @@ def evaluate(
 
             generation = generation_of(config, bundle, dataset)
             images = generate(bundle_uri, generation, store, resources, stage="samples to evaluate").images
-            report = _measure(directory, images, dataset, config, samples)
+            report = _measure(directory, images, dataset, config, samples, bundle_uri)
             directory.create_json(REPORT, {**about, "image_set": images.uri, **report})
     return Evaluation(directory, directory.read_json(REPORT), reused)
 
@@ -169,7 +170,12 @@ def generation_of(config: EvaluationConfig, bundle: BundleConfig, dataset: Image
 
 
 def _measure(
-    directory: Directory, images: ImageSet, dataset: ImageDataset, config: EvaluationConfig, samples: int
+    directory: Directory,
+    images: ImageSet,
+    dataset: ImageDataset,
+    config: EvaluationConfig,
+    samples: int,
+    bundle_uri: str,
 ) -> dict[str, Any]:
     """Features and figures of both sides. Keeps the features, for later comparisons, and a picture."""
     from diffusion_core.evaluation.features import Features, Measurer
@@ -182,7 +188,7 @@ def _measure(
         directory.create(FEATURES, made.to_bytes())
     # Of two evaluations at once, both report what the first one stored.
     generated = Features.from_bytes(directory.read(FEATURES))
-    report = {
+    report: dict[str, Any] = {
         "samples": samples,
         "samples_note": f"N = min(evaluation.samples = {config.samples}, held-out images); the floor has the same N.",
         "reference": f"train split, {reference.statistics.count} images",
@@ -191,10 +197,22 @@ def _measure(
         "floor": figures(reference, reference.held_out, config),
         "accuracy_by_class": accuracy_by_class(generated, dataset.class_names),
     }
+    if config.likelihood.images:
+        report["figures"]["bits_per_dim"] = _bits_per_dim(bundle_uri, dataset, config)
     shown = min(samples, 64)
     directory.create(PICTURE, picture(report, dataset.read("test", limit=shown).images, images.read(0, shown)[0]))
     logger.info("evaluated %s", sentence(report))
     return report
+
+
+def _bits_per_dim(bundle_uri: str, dataset: ImageDataset, config: EvaluationConfig) -> float:
+    import torch
+
+    from diffusion_core.bundle import load_bundle
+    from diffusion_core.evaluation.likelihood import held_out_bits
+
+    bundle = load_bundle(bundle_uri, "cuda" if torch.cuda.is_available() else "cpu")
+    return held_out_bits(bundle, dataset, config.likelihood, config.batch_size, config.seed)
 
 
 def _blocks(images: ImageSet, samples: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:

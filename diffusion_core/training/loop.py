@@ -15,7 +15,7 @@ from torch import Tensor
 from diffusion_core.bundle import BundleConfig, DatasetReference, save_bundle
 from diffusion_core.config import UserError
 from diffusion_core.data import ImageDataset, Loader, open_dataset
-from diffusion_core.diffusion import make_process
+from diffusion_core.diffusion import training_times
 from diffusion_core.training.batches import Batches
 from diffusion_core.training.checkpoint import Checkpoint, load_newest, prune_checkpoints, save_checkpoint
 from diffusion_core.training.learner import Learner
@@ -125,7 +125,8 @@ class _Loop:
         self.num_classes = len(self.dataset.class_names)
         budget = self.config.memory_budget_mb << 20
         loader = Loader(self.dataset, "train", self.config.seed, memory_budget_bytes=budget)
-        self.batches = Batches(loader, self.config, world, self.num_classes, make_process(spec.process).schedule)
+        times = training_times(spec.process, self.config.objective)
+        self.batches = Batches(loader, self.config, world, self.num_classes, times)
         checkpoint = load_newest(run.checkpoints) if world.leads else None
         self.position = self._agree_on_start(checkpoint)
         parts = checkpoint.parts if checkpoint else None

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from diffusion_core.config import Config, UserError, digest, execution, identity
 from diffusion_core.diffusion.config import ProcessConfig
+from diffusion_core.diffusion.objective_config import check_objective
 from diffusion_core.networks.config import UNetConfig, check_image_size
 from diffusion_core.storage import Directory
 from diffusion_core.training.config import TrainingConfig
@@ -109,8 +110,8 @@ def open_run(store: Directory | str, spec: TrainSpec, init_uri: str | None = Non
         init_uri: the bundle that `training.init_from` was resolved to, if it is not a bundle URI itself.
 
     Raises:
-        UserError: no dataset version, no training images, images that the network cannot halve, or a bundle to start
-            from that does not fit.
+        UserError: no dataset version, no training images, images that the network cannot halve, an objective that
+            does not suit the process, or a bundle to start from that does not fit.
     """
     from diffusion_core.data import open_dataset
 
@@ -119,6 +120,7 @@ def open_run(store: Directory | str, spec: TrainSpec, init_uri: str | None = Non
         raise UserError(f"The dataset {dataset.uri} has no images in its split train.")
     height, width, _ = dataset.image_shape
     check_image_size(spec.network, height, width)
+    check_objective("training.objective", spec.training.objective, spec.process)
     source = init_uri or spec.training.init_from
     start = _starting_point(source, spec, dataset) if source else None
     parts = {"dataset": dataset.version, "start": start, "spec": identity(spec)}
@@ -148,6 +150,11 @@ def check_start(theirs: BundleConfig, network: UNetConfig, process: ProcessConfi
         raise UserError(
             f"training.init_from: that model predicts {theirs.process.prediction}, and this run would train it to "
             f"predict {process.prediction} (process.prediction)."
+        )
+    if theirs.process.output_channels(channels) != process.output_channels(channels):
+        raise UserError(
+            f"training.init_from: that model has the variance {theirs.process.variance}, and this run has "
+            f"{process.variance} (process.variance): both must be learned_range, or neither."
         )
     if theirs.image_shape[2] != channels:
         raise UserError(
