@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError
 
 from diffusion_core.config import Config, UserError, digest, execution, explain, identity
 from diffusion_core.diffusion.config import ProcessConfig
-from diffusion_core.networks.config import UNetConfig
+from diffusion_core.networks.config import NetworkConfig
 from diffusion_core.storage import Directory
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class BundleConfig(Config):
 
     schema_version: int = Field(SCHEMA_VERSION, ge=1, description="Version of the bundle's layout.")
     process: ProcessConfig = Field(description="The diffusion process that the network was trained for.")
-    network: UNetConfig = Field(description="The network.")
+    network: NetworkConfig = Field(description="The network.")
     image_shape: tuple[int, int, int] = Field(description="Height, width and channels of the images.")
     class_names: tuple[str, ...] = Field((), description="Names of the classes by label; empty: no class conditioning.")
     dataset: DatasetReference = Field(description="The dataset version that the model was trained on.")
@@ -175,7 +175,7 @@ Makes images of {height}x{width} pixels with {channels} channel{"s" if channels 
 | dataset | {config.dataset.name}, version `{config.dataset.version}` |
 | training run | `{config.run_id}`, {config.images_seen:,} images seen |
 | process | {process.schedule} schedule, {process.timesteps} timesteps, predicts {process.prediction} |
-| network | {config.network.kind}, {config.network.base_channels} base channels |
+| network | {config.network.summary} |
 | code version | {config.code_version or "unknown"} |
 
 ![samples](samples.png)

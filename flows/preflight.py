@@ -23,7 +23,7 @@ from diffusion_core.evaluation.config import EvaluationConfig
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.jobs.backend import BackendConfig, BackendKind, jobs_address
 from diffusion_core.jobs.requests import EvaluateRequest, GenerateRequest, Resources, ShardRequest, TrainRequest
-from diffusion_core.networks.config import UNetConfig, check_image_size
+from diffusion_core.networks.config import NetworkConfig, check_image_size
 from diffusion_core.storage import Directory, check_reachable
 from diffusion_core.tracking import tracking_uri
 from flows.config import PipelineConfig
@@ -138,7 +138,7 @@ def _check_local_source(uri: str, path: Path) -> None:
         raise UserError(f"source.uri: the file {uri} is empty.")
 
 
-def check_size(source: SourceConfig, dataset: DatasetConfig, network: UNetConfig) -> None:
+def check_size(source: SourceConfig, dataset: DatasetConfig, network: NetworkConfig) -> None:
     """The network can halve the images as often as it has levels."""
     size = dataset.size
     if source.kind is SourceKind.DIGITS:
@@ -193,7 +193,7 @@ def check_unmoved(init_from: str | None, model: str) -> None:
 
 
 def check_init_from(
-    init_from: str | None, network: UNetConfig, process: ProcessConfig, channels: int, store: str
+    init_from: str | None, network: NetworkConfig, process: ProcessConfig, channels: int, store: str
 ) -> None:
     """Training can only start from weights that fit."""
     if init_from is None:

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion_core.config import UserError
 from diffusion_core.networks.blocks import (
     Downsample,
     GroupNorm,
@@ -16,7 +15,7 @@ from diffusion_core.networks.blocks import (
     Upsample,
     zeroed,
 )
-from diffusion_core.networks.config import UNetConfig, check_image_size
+from diffusion_core.networks.config import UNetConfig
 
 
 class Stage(nn.Module):
@@ -40,12 +39,15 @@ class UNet(nn.Module):
         channels: channels of the images.
         num_classes: number of classes, 0 for an unconditional network.
         size: the shorter side of the images in pixels, which tells at which level each attention resolution is.
+        out_channels: channels of the output; default: those of the images.
 
     Attributes:
         null_label: the label that stands for "no label" (= num_classes).
     """
 
-    def __init__(self, config: UNetConfig, channels: int, num_classes: int, size: int) -> None:
+    def __init__(
+        self, config: UNetConfig, channels: int, num_classes: int, size: int, out_channels: int | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.num_classes = num_classes
@@ -89,7 +91,7 @@ class UNet(nn.Module):
                 width = out
 
         self.norm_out = GroupNorm(width)
-        self.conv_out = zeroed(nn.Conv2d(width, channels, 3, padding=1))
+        self.conv_out = zeroed(nn.Conv2d(width, out_channels or channels, 3, padding=1))
 
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """The prediction for noisy images.
@@ -100,7 +102,7 @@ class UNet(nn.Module):
             label: (N,) int64 in [0, num_classes], where num_classes means no label; None is no label for all.
 
         Returns:
-            (N, C, H, W), in the dtype of x_t, or of autocast where that is on.
+            (N, out_channels, H, W), in the dtype of x_t, or of autocast where that is on.
 
         Raises:
             ValueError: if labels are given to an unconditional network.
@@ -129,20 +131,3 @@ class UNet(nn.Module):
         if label is None:
             label = torch.full(t.shape, self.null_label, dtype=torch.int64, device=t.device)
         return embedding + self.class_embedding(label)
-
-
-def build_network(config: UNetConfig, image_shape: tuple[int, int, int], num_classes: int) -> UNet:
-    """The network of a configuration for images of one shape.
-
-    Args:
-        image_shape: (height, width, channels).
-        num_classes: number of classes, 0 for an unconditional network.
-
-    Raises:
-        UserError: if the image size does not divide, or a size chosen for attention never occurs.
-    """
-    height, width, channels = image_shape
-    check_image_size(config, height, width)
-    if num_classes < 0:
-        raise UserError(f"num_classes: {num_classes} is not accepted: it must be 0 (unconditional) or more.")
-    return UNet(config, channels, num_classes, min(height, width))

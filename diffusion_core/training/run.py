@@ -16,7 +16,7 @@ from pydantic import Field
 
 from diffusion_core.config import Config, UserError, digest, execution, identity
 from diffusion_core.diffusion.config import ProcessConfig
-from diffusion_core.networks.config import UNetConfig, check_image_size
+from diffusion_core.networks.config import NetworkConfig, UNetConfig, check_image_size
 from diffusion_core.storage import Directory
 from diffusion_core.training.config import TrainingConfig
 from diffusion_core.version import code_version
@@ -36,7 +36,7 @@ class TrainSpec(Config):
 
     dataset_uri: str = execution(description="URI of the dataset version; its version, not its place, enters the id.")
     process: ProcessConfig = ProcessConfig()
-    network: UNetConfig = UNetConfig()
+    network: NetworkConfig = UNetConfig()
     training: TrainingConfig = TrainingConfig()
 
 
@@ -129,7 +129,7 @@ def open_run(store: Directory | str, spec: TrainSpec, init_uri: str | None = Non
     return run
 
 
-def check_start(theirs: BundleConfig, network: UNetConfig, process: ProcessConfig, channels: int) -> None:
+def check_start(theirs: BundleConfig, network: NetworkConfig, process: ProcessConfig, channels: int) -> None:
     """Refuse to start training from the weights of a bundle that do not fit; dropout has no weights and may differ.
 
     Args:
@@ -140,7 +140,11 @@ def check_start(theirs: BundleConfig, network: UNetConfig, process: ProcessConfi
     Raises:
         UserError: naming the field, and both values.
     """
-    for name in UNetConfig.model_fields:
+    if theirs.network.kind != network.kind:
+        raise UserError(
+            f"training.init_from: that model has network.kind = {theirs.network.kind}, and this run has {network.kind}."
+        )
+    for name in type(network).model_fields:
         other, ours = getattr(theirs.network, name), getattr(network, name)
         if other != ours and name != "dropout":
             raise UserError(f"training.init_from: that model has network.{name} = {other}, and this run has {ours}.")
