@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
 
-from diffusion_core.config import Config, UserError, digest, execution, explain, identity
+from diffusion_core.config import Config, UserError, digest, execution, explain, identity, later
 from diffusion_core.diffusion.config import ProcessConfig
 from diffusion_core.networks.config import NetworkConfig
 from diffusion_core.storage import Directory
@@ -46,6 +46,9 @@ class BundleConfig(Config):
     dataset: DatasetReference = Field(description="The dataset version that the model was trained on.")
     run_id: str = Field(description="The training run.")
     images_seen: int = Field(ge=0, description="Images seen in training when the bundle was exported.")
+    ema_sigma_rel: float | None = later(
+        None, description="Relative width of the power-function average that the weights are; none: a half-life."
+    )
     code_version: str = execution("", description="Version of the code that trained the model.")
     mlflow_run_id: str | None = execution(None, description="MLflow run that recorded the training.")
 
@@ -176,7 +179,7 @@ Makes images of {height}x{width} pixels with {channels} channel{"s" if channels 
 | training run | `{config.run_id}`, {config.images_seen:,} images seen |
 | process | {process.schedule} schedule, {process.timesteps} timesteps, predicts {process.prediction} |
 | network | {config.network.summary} |
-| code version | {config.code_version or "unknown"} |
+{_average_row(config)}| code version | {config.code_version or "unknown"} |
 
 ![samples](samples.png)
 
@@ -184,6 +187,11 @@ The weights are the exponential moving average of the trained ones. Load the dir
 `diffusion_core.bundle.load_bundle(uri)`; it holds no code and no pickle. The model has seen the images of its dataset
 only: what it makes shares their biases and their limits of use.
 """
+
+
+def _average_row(config: BundleConfig) -> str:
+    width = config.ema_sigma_rel
+    return "" if width is None else f"| average | a power function of relative width {width:g} |\n"
 
 
 def _place(uri: str | Directory) -> Directory:

@@ -18,7 +18,9 @@ from diffusion_core.data import ImageDataset, Loader, open_dataset
 from diffusion_core.diffusion import make_process
 from diffusion_core.training.batches import Batches
 from diffusion_core.training.checkpoint import Checkpoint, load_newest, prune_checkpoints, save_checkpoint
+from diffusion_core.training.config import EmaKind
 from diffusion_core.training.learner import Learner
+from diffusion_core.training.posthoc import save_snapshot, snapshot_distance
 from diffusion_core.training.preview import preview
 from diffusion_core.training.recorder import FileRecorder, Recorder
 from diffusion_core.training.run import IMAGES, INTERRUPTED, TIME_BUDGET, RunDirectory, TrainOutcome, TrainSpec
@@ -178,6 +180,8 @@ class _Loop:
             self._record()
         if saves:
             self._save()
+        if due(snapshot_distance(self.config, after)) and self.world.leads:
+            self._snapshot()
         if due(self.config.preview_every_images) and after < self.config.target_images and self.world.leads:
             began = time.monotonic()
             self._recorder.image(f"preview-{after:09d}", self._preview())
@@ -255,6 +259,13 @@ class _Loop:
             prune_checkpoints(self.run.checkpoints, self.config.keep_checkpoints, position.images_seen)
         self.interval = Interval(time.monotonic())
 
+    def _snapshot(self) -> None:
+        """Keep what another average can be made of after training."""
+        began = time.monotonic()
+        self._check_lease()
+        save_snapshot(self.run, self.config, self.position.images_seen, self.learner.averaged())
+        self.interval.began += time.monotonic() - began
+
     def _check_lease(self) -> None:
         """Before the leader writes what others will read."""
         if self.should_stop() == LOST:
@@ -292,6 +303,8 @@ class _Loop:
         if reason == INTERRUPTED:
             self._recorder.finish("KILLED")
             return outcome
+        if self.config.ema is EmaKind.POWER and position.images_seen:
+            self._snapshot()
         samples = self._preview()
         self._check_lease()
         bundle_digest = self._export(samples)
@@ -310,6 +323,7 @@ class _Loop:
             dataset=dataset,
             run_id=self.run.run_id,
             images_seen=self.position.images_seen,
+            ema_sigma_rel=self.config.ema_sigma_rels[0] if self.config.ema is EmaKind.POWER else None,
             code_version=code_version(),
             mlflow_run_id=self._recorder.mlflow_run_id or None,
         )

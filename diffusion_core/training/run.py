@@ -1,9 +1,10 @@
 """A training run as a directory of the store: what it is, how far it is, and what came out of it.
 
 `<store>/runs/<run_id>/` holds `run.json` (what is trained on what), `attempts/` (who works on it, see `lease`),
-`checkpoints/`, `bundles/<images_seen>/`, `finished/<images_seen>.json` (one for each length that it was trained to),
-`previews/` and `progress.json`. The id is a digest of everything that changes numbers, so that starting the same
-training again continues it. Light: nothing here imports torch.
+`checkpoints/`, `snapshots/` (of power-function averages, see `posthoc`), `bundles/<images_seen>/`,
+`finished/<images_seen>.json` (one for each length that it was trained to), `previews/` and `progress.json`. The id is a
+digest of everything that changes numbers, so that starting the same training again continues it. Light: nothing here
+imports torch.
 """
 
 from __future__ import annotations
@@ -69,6 +70,10 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Directory:
         return self.directory / "checkpoints"
+
+    @property
+    def snapshots(self) -> Directory:
+        return self.directory / "snapshots"
 
     def bundle(self, images_seen: int) -> Directory:
         return self.directory / f"bundles/{images_seen}"
