@@ -8,6 +8,7 @@ absent: it is the commit, and a directory without one is not a bundle. Nothing i
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -147,6 +148,36 @@ def read_bundle_config(uri: str | Directory) -> BundleConfig:
             f"The bundle {place.uri} cannot be read by this version of the code: {explain(error)}"
         ) from error
     return config
+
+
+def check_guide(
+    field: str,
+    guide: BundleConfig,
+    process: ProcessConfig,
+    image_shape: tuple[int, int, int] | None,
+    class_names: Sequence[str] | None,
+) -> None:
+    """A bundle can guide a model: both predict the same of the same noisy images.
+
+    Args:
+        field: path of the guide's field, for the message.
+        guide: configuration of the guiding bundle.
+        process, image_shape, class_names: of the model that it guides; None where that is not known yet.
+
+    Raises:
+        UserError: the process, the image shape or the classes differ; a guide without classes suits every model.
+    """
+    for name in ProcessConfig.model_fields:
+        theirs, ours = getattr(guide.process, name), getattr(process, name)
+        if theirs != ours and name != "variance":
+            raise UserError(
+                f"{field}: that model has process.{name} = {theirs}, and the one that it guides has {ours}."
+            )
+    if image_shape is not None and guide.image_shape != tuple(image_shape):
+        shapes = ["x".join(map(str, shape)) for shape in (guide.image_shape, image_shape)]
+        raise UserError(f"{field}: that model makes images of {shapes[0]}, and the one that it guides of {shapes[1]}.")
+    if guide.class_names and class_names is not None and guide.class_names != tuple(class_names):
+        raise UserError(f"{field}: that model has other classes than the one that it guides.")
 
 
 def verify_bundle(uri: str | Directory) -> str:

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from diffusion_core.config import UserError
 from diffusion_core.data.config import DatasetConfig, SourceConfig, SourceKind, SplitSource
-from diffusion_core.diffusion.config import ProcessConfig, check_sampler
+from diffusion_core.diffusion.config import GuidanceConfig, ProcessConfig, check_sampler
 from diffusion_core.evaluation.config import EvaluationConfig
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.jobs.backend import BackendConfig, BackendKind, jobs_address
@@ -50,7 +50,11 @@ def check_pipeline(config: PipelineConfig) -> None:
     check_sampler("evaluation.sampler", config.evaluation.sampler, config.process)
     check_sampler("generation.sampler", config.generation.sampler, config.process)
     check_evaluation(config.evaluation)
-    check_labels(config.generation, known_classes(config.source))
+    classes, size = known_classes(config.source), config.dataset.size
+    shape = (*size, config.dataset.channels) if size else None
+    for field, guidance in (("evaluation", config.evaluation.guidance), ("generation", config.generation.guidance)):
+        check_guidance(f"{field}.guidance", guidance, config.process, shape, classes, config.store)
+    check_labels(config.generation, classes)
     check_unmoved(config.training.init_from, config.name)
     check_init_from(config.training.init_from, config.network, config.process, config.dataset.channels, config.store)
 
@@ -89,6 +93,9 @@ def check_evaluate(request: EvaluateRequest, backend: BackendConfig) -> None:
     if not dataset.num_rows("test"):
         raise UserError(f"The dataset {request.dataset_uri} has no test split, and the figures need held-out images.")
     check_sampler("evaluation.sampler", request.evaluation.sampler, bundle.process)
+    guidance = request.evaluation.guidance
+    shape, classes = bundle.image_shape, bundle.class_names
+    check_guidance("evaluation.guidance", guidance, bundle.process, shape, classes, request.store)
     check_evaluation(request.evaluation)
 
 
@@ -100,7 +107,9 @@ def check_generate(request: GenerateRequest, backend: BackendConfig) -> None:
     check_resources("resources.generate", request.resources, backend)
     bundle = read_bundle_config(bundle_of(request.model, request.store))
     check_sampler("generation.sampler", request.generation.sampler, bundle.process)
-    check_labels(request.generation, bundle.class_names)
+    guidance, shape, classes = request.generation.guidance, bundle.image_shape, bundle.class_names
+    check_guidance("generation.guidance", guidance, bundle.process, shape, classes, request.store)
+    check_labels(request.generation, classes)
 
 
 def check_store(store: str) -> None:
@@ -181,6 +190,23 @@ def check_labels(generation: GenerationConfig, class_names: Sequence[str] | None
         from diffusion_core.generation.labels import resolve_labels
 
         resolve_labels(generation, class_names)
+
+
+def check_guidance(
+    field: str,
+    guidance: GuidanceConfig,
+    process: ProcessConfig,
+    image_shape: tuple[int, int, int] | None,
+    class_names: Sequence[str] | None,
+    store: str,
+) -> None:
+    """The model that guides suits the one that it guides."""
+    if guidance.guide is None:
+        return
+    from diffusion_core.bundle import check_guide, read_bundle_config
+
+    guide = read_bundle_config(bundle_of(guidance.guide, store))
+    check_guide(f"{field}.guide", guide, process, image_shape, class_names)
 
 
 def check_unmoved(init_from: str | None, model: str) -> None:

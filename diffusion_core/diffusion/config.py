@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from diffusion_core.config import Config, UserError, later
+from diffusion_core.config import Config, UserError, execution, later
 
 
 class Choice(StrEnum):
@@ -273,10 +273,21 @@ def check_sampler(field: str, sampler: SamplerConfig, process: ProcessConfig) ->
 
 
 class GuidanceConfig(Config):
-    """Classifier-free guidance (Ho & Salimans 2022): u + scale * (c - u), c with the label and u without."""
+    """Guidance u + scale * (c - u), away from a weaker prediction u.
+
+    c is that of the model, with the label; u is the model's own without it (classifier-free guidance, Ho & Salimans
+    2022), or that of a weaker model, the guide (autoguidance, Karras et al. 2024).
+    """
 
     scale: float = Field(
         1.0, ge=0.0, le=100.0, description="Guidance scale: 0 ignores the label, 1 is neutral, more follows it more."
+    )
+    guide: str | None = execution(
+        None,
+        min_length=1,
+        description="Autoguidance: bundle URI or models:/name@alias of a weaker model of the same images and process, "
+        "as a smaller or less trained one, to guide away from instead of leaving the label out. The digest of that "
+        "bundle, not its name, is part of the ids of what it guides.",
     )
     rescale: float = later(
         0.0,

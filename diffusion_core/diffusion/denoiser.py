@@ -24,12 +24,14 @@ class Denoiser:
         process: tells how the network's output is read.
         network: called as network(x_t, t, **cond). For guidance it needs the attribute `null_label`.
         cond: keyword arguments for the network, as {"label": (N,) int64}; None for none.
-        guidance: classifier-free guidance, its interval and its rescaling; None is the same as a scale of 1.
+        guidance: its scale, interval and rescaling; None is the same as a scale of 1.
         threshold: what is done to x0_hat, see `Threshold`; None for nothing. A `SamplerConfig` says it with the
             quantile of the dynamic threshold, which is 0.995 otherwise.
+        guide: a weaker network of the same process to guide away from, called like the network, but without a label if
+            it has no `null_label`. None: the network itself without the label.
 
     Raises:
-        UserError: if guidance other than 1 is asked of a network or a call without labels.
+        UserError: if guidance other than 1 is asked of a network or a call without labels, and there is no guide.
     """
 
     def __init__(
@@ -39,19 +41,23 @@ class Denoiser:
         cond: Mapping[str, Tensor] | None = None,
         guidance: GuidanceConfig | None = None,
         threshold: SamplerConfig | Threshold | str | None = None,
+        guide: Network | None = None,
     ) -> None:
         self.process = process
         self.network = network
         self.cond = dict(cond or {})
         self.guidance = guidance or GuidanceConfig()
+        self.guide = guide
         if not isinstance(threshold, SamplerConfig):
             threshold = SamplerConfig(threshold=Threshold(threshold or Threshold.NONE))
         self.threshold = threshold.threshold
         self.threshold_quantile = threshold.threshold_quantile
         scale = self.guidance.scale
-        if scale != 1.0 and (self.cond.get("label") is None or not getattr(network, "null_label", 0)):
+        unlabelled = self.cond.get("label") is None or not getattr(network, "null_label", 0)
+        if scale != 1.0 and guide is None and unlabelled:
             raise UserError(
-                f"guidance.scale: {scale} is not accepted without labels: an unconditional model takes only 1."
+                f"guidance.scale: {scale} is not accepted without labels: an unconditional model takes only 1, or a "
+                "guide."
             )
 
     def __call__(self, x_t: Tensor, t: Time) -> Tensor:
@@ -91,27 +97,44 @@ class Denoiser:
         return torch.where(inside, self.guidance.scale, 1.0).expand(count) if bool(inside.any()) else 1.0
 
     def _output(self, x: Tensor, t: Tensor, scale: float | Tensor) -> Tensor:
-        """The guided output u + s * (c - u) (Ho & Salimans 2022, eq. 6, whose w is s - 1), rescaled if wanted.
+        """The guided output u + s * (c - u), rescaled if wanted.
 
+        u is without the label (Ho & Salimans 2022, eq. 6, whose w is s - 1) or the guide's (Karras et al. 2024, eq. 1).
         For a given x_t the noise, x0 and v are affine functions of each other, and the two weights add up to 1: without
         rescaling it makes no difference which of them is combined.
         """
         if isinstance(scale, float) and scale == 1.0:
             return self.network(x, t, **self.cond)
-        null = {**self.cond, "label": torch.full_like(self.cond["label"], self._null_label)}
         if isinstance(scale, float) and scale == 0.0:
-            return self.network(x, t, **null)
-        both: dict[str, Any] = {name: torch.cat((value, null[name])) for name, value in self.cond.items()}
-        output = self.network(torch.cat((x, x)), torch.cat((t, t)), **both)
-        conditional, unconditional = output.to(torch.promote_types(output.dtype, torch.float32)).chunk(2)
+            return self._weaker(x, t)
+        better, weaker = self._both(x, t)
         if isinstance(scale, Tensor):
-            scale = scale.to(conditional).reshape(-1, *(1,) * (conditional.ndim - 1))
-        guided = unconditional + scale * (conditional - unconditional)
-        return rescale_guided(guided, conditional, self.guidance.rescale) if self.guidance.rescale else guided
+            scale = scale.to(better).reshape(-1, *(1,) * (better.ndim - 1))
+        guided = weaker + scale * (better - weaker)
+        return rescale_guided(guided, better, self.guidance.rescale) if self.guidance.rescale else guided
 
-    @property
-    def _null_label(self) -> int:
-        return int(self.network.null_label)  # type: ignore[attr-defined]
+    def _both(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """c and u in at least float32; of one network, they are one call with a doubled batch."""
+        if self.guide is not None:
+            return _wide(self.network(x, t, **self.cond)), _wide(self._weaker(x, t))
+        null = self._without_label()
+        both: dict[str, Any] = {name: torch.cat((value, null[name])) for name, value in self.cond.items()}
+        conditional, unconditional = _wide(self.network(torch.cat((x, x)), torch.cat((t, t)), **both)).chunk(2)
+        return conditional, unconditional
+
+    def _weaker(self, x: Tensor, t: Tensor) -> Tensor:
+        if self.guide is None:
+            return self.network(x, t, **self._without_label())
+        knows = getattr(self.guide, "null_label", 0)
+        return self.guide(x, t, **{name: value for name, value in self.cond.items() if knows or name != "label"})
+
+    def _without_label(self) -> dict[str, Tensor]:
+        null_label = int(self.network.null_label)  # type: ignore[attr-defined]
+        return {**self.cond, "label": torch.full_like(self.cond["label"], null_label)}
+
+
+def _wide(output: Tensor) -> Tensor:
+    return output.to(torch.promote_types(output.dtype, torch.float32))
 
 
 def rescale_guided(guided: Tensor, conditional: Tensor, share: float) -> Tensor:

@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffusion_core.bundle import BundleConfig
+from diffusion_core.bundle import BundleConfig, bundle_digest, check_guide, read_bundle_config
 from diffusion_core.config import Config, UserError, digest, identity
 from diffusion_core.diffusion.config import check_sampler
 from diffusion_core.generation import tables
@@ -57,6 +57,7 @@ class SetDescription(Config):
     labels: str
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
+    guide: dict[str, str] | None = None  # digest and run_id
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,16 @@ class ImageSet:
     def generation(self) -> GenerationConfig:
         """The identity of the generation; its `labels` field is not set, see `labels`."""
         return GenerationConfig.model_validate(self.description.generation)
+
+    def guided_by(self, guide_uri: str | None) -> GenerationConfig:
+        """`generation`, with the guide at the place where it is now; `UserError` if it is another one."""
+        if self.description.guide is None:
+            return self.generation
+        uri = guide_uri or self.generation.guidance.guide
+        if uri is None or bundle_digest(uri) != self.description.guide["digest"]:
+            raise UserError(f"The guide {uri} is not the one that the image set {self.uri} was planned with.")
+        guidance = self.generation.guidance.model_copy(update={"guide": uri})
+        return self.generation.model_copy(update={"guidance": guidance})
 
     @cached_property
     def labels(self) -> Labels:
@@ -299,28 +310,31 @@ class ImageSet:
 
 
 def describe(
-    store: str, bundle_uri: str, bundle_digest: str, bundle: BundleConfig, config: GenerationConfig
+    store: str, bundle_uri: str, model_digest: str, bundle: BundleConfig, config: GenerationConfig
 ) -> ImageSet:
     """The image set that a configuration means, `<store>/images/<set id>`; nothing is written.
 
     Raises:
         UserError: the configuration does not suit the model (see also `labels.resolve_labels`).
     """
+    guide = _guide(bundle, config)
     _check_suits(bundle, config)
     labels = resolve_labels(config, bundle.class_names)
     kept = {name: item for name, item in identity(config).items() if name not in _LABEL_FIELDS}
-    set_id = digest("image set", SCHEMA_VERSION, bundle_digest, kept, labels.identity())
+    guided = [guide["digest"]] if guide else []
+    set_id = digest("image set", SCHEMA_VERSION, model_digest, kept, labels.identity(), *guided)
     dumped = config.model_dump(mode="json", include=set(kept) - {"algorithm_version"})
     description = SetDescription(
         set_id=set_id,
         bundle_uri=bundle_uri,
-        bundle_digest=bundle_digest,
+        bundle_digest=model_digest,
         run_id=bundle.run_id,
         dataset=bundle.dataset.model_dump(),
         generation=dumped,
         labels=labels.identity(),
         class_names=bundle.class_names,
         image_shape=bundle.image_shape,
+        guide=guide,
     )
     return ImageSet(Directory(store) / f"images/{set_id}", description, labels)
 
@@ -339,12 +353,22 @@ def open_imageset(uri: str | Directory) -> ImageSet:
         raise UserError(f"{place.uri} is not an image set: its {SET} cannot be read.") from error
 
 
+def _guide(bundle: BundleConfig, config: GenerationConfig) -> dict[str, str] | None:
+    """The guide that changes the images, if there is one; at a scale of 1 none does."""
+    uri = config.guidance.guide
+    if uri is None or config.guidance.scale == 1:
+        return None
+    guide = read_bundle_config(uri)
+    check_guide("generation.guidance.guide", guide, bundle.process, bundle.image_shape, bundle.class_names)
+    return {"digest": bundle_digest(uri), "run_id": guide.run_id}
+
+
 def _check_suits(bundle: BundleConfig, config: GenerationConfig) -> None:
     check_sampler("generation.sampler", config.sampler, bundle.process)
-    if not bundle.class_names and config.guidance.scale != 1:
+    if not bundle.class_names and config.guidance.scale != 1 and config.guidance.guide is None:
         raise UserError(
             f"generation.guidance.scale: {config.guidance.scale:g} needs a model with classes, and this one has none: "
-            "leave it at 1."
+            "leave it at 1, or give a guide."
         )
     height, width, channels = bundle.image_shape
     largest = 2**31 // (height * width * channels)

@@ -45,6 +45,7 @@ class ShardTask:
     bundle_uri: str
     model_version: str
     device: str = "cpu"
+    guide_uri: str | None = None
 
 
 @dataclass(frozen=True)

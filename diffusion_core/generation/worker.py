@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion_core.bundle import Bundle, load_bundle
+from diffusion_core.bundle import Bundle, check_guide, load_bundle
 from diffusion_core.config import UserError
 from diffusion_core.diffusion import Denoiser, KeyedNoise, build_sampler, images_from_network
 from diffusion_core.generation.config import GenerationConfig, SamplingPrecision
@@ -56,9 +56,20 @@ class Generator:
         self._layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         bundle.network.to(memory_format=self._layout)  # type: ignore[call-overload]
         self._network = _Watched(bundle.network, config.precision, self.device, self._layout)
+        self._guide = self._load_guide()
         self._sampler = build_sampler(config.sampler, bundle.process)
         height, width, channels = bundle.config.image_shape
         self._shape = (channels, height, width)
+
+    def _load_guide(self) -> _Watched | None:
+        """The network that guides, on the same device and in the same precision."""
+        uri = self.config.guidance.guide
+        if uri is None or self.config.guidance.scale == 1:
+            return None
+        guide, ours = load_bundle(uri, self.device), self.bundle.config
+        check_guide("generation.guidance.guide", guide.config, ours.process, ours.image_shape, ours.class_names)
+        guide.network.to(memory_format=self._layout)  # type: ignore[call-overload]
+        return _Watched(guide.network, self.config.precision, self.device, self._layout)
 
     @property
     def made_on(self) -> str:
@@ -117,11 +128,14 @@ class Generator:
         if classes is not None:
             cond = {"label": torch.from_numpy(classes.astype(np.int64)).to(self.device)}
         guidance = self.config.guidance if self.config.guidance.scale != 1 else None
-        denoiser = Denoiser(self.bundle.process, self._network, cond, guidance, self.config.sampler)
-        self._network.watch(len(batch))
+        networks = [self._network] if self._guide is None else [self._network, self._guide]
+        for network in networks:
+            network.watch(len(batch))
+        denoiser = Denoiser(self.bundle.process, self._network, cond, guidance, self.config.sampler, self._guide)
         x_T = noise.initial(self._shape, device=self.device).contiguous(memory_format=self._layout)
         x_0 = self._sampler.sample(denoiser, x_T, noise)
-        bad = (self._network.bad | ~torch.isfinite(x_0).flatten(1).all(dim=1)).cpu().numpy()[slots]
+        finite = torch.isfinite(x_0).flatten(1).all(dim=1)
+        bad = torch.stack([~finite, *(network.bad for network in networks)]).any(dim=0).cpu().numpy()[slots]
         if bad.any():
             ids = batch[slots][bad]
             shown = ", ".join(map(str, ids[:5])) + (", …" if len(ids) > 5 else "")
@@ -226,7 +240,7 @@ class ShardWorker:
         bundle = load_bundle(self.task.bundle_uri, self.task.device)
         if bundle.digest != self._set.description.bundle_digest:
             raise UserError(f"The bundle {self.task.bundle_uri} is not the one that the image set was planned with.")
-        return Generator(bundle, self._set.generation, self.task.device)
+        return Generator(bundle, self._set.guided_by(self.task.guide_uri), self.task.device)
 
     @cached_property
     def _set(self) -> ImageSet:
