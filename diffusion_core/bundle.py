@@ -157,19 +157,25 @@ def check_guide(
     image_shape: tuple[int, int, int] | None,
     class_names: Sequence[str] | None,
 ) -> None:
-    """A bundle can guide a model: both predict the same of the same noisy images.
+    """A bundle can guide a model, as a weaker model of the same images or as a classifier of the same noisy images.
 
     Args:
-        field: path of the guide's field, for the message.
+        field: path of the field that names it, for the message; its last part is guide or classifier.
         guide: configuration of the guiding bundle.
         process, image_shape, class_names: of the model that it guides; None where that is not known yet.
 
     Raises:
-        UserError: the process, the image shape or the classes differ; a guide without classes suits every model.
+        UserError: the kind of network, the process, the image shape or the classes do not fit; a guide without classes
+            suits every model.
     """
+    classifies = field.endswith("classifier")
+    if (guide.network.kind == "classifier") != classifies:
+        wanted = "classifier (network.kind)" if classifies else "model of images"
+        raise UserError(f"{field}: that model is no {wanted}, but of the kind {guide.network.kind}.")
+    free = ("variance", "prediction", "sigma_data") if classifies else ("variance",)
     for name in ProcessConfig.model_fields:
         theirs, ours = getattr(guide.process, name), getattr(process, name)
-        if theirs != ours and name != "variance":
+        if theirs != ours and name not in free:
             raise UserError(
                 f"{field}: that model has process.{name} = {theirs}, and the one that it guides has {ours}."
             )
@@ -178,6 +184,12 @@ def check_guide(
         raise UserError(f"{field}: that model makes images of {shapes[0]}, and the one that it guides of {shapes[1]}.")
     if guide.class_names and class_names is not None and guide.class_names != tuple(class_names):
         raise UserError(f"{field}: that model has other classes than the one that it guides.")
+
+
+def check_makes_images(uri: str, bundle: BundleConfig) -> None:
+    """`UserError` for the bundle of a classifier."""
+    if bundle.network.kind == "classifier":
+        raise UserError(f"{uri} is a classifier of noisy images: it makes none, but can guide (guidance.classifier).")
 
 
 def verify_bundle(uri: str | Directory) -> str:

@@ -45,6 +45,8 @@ def check_pipeline(config: PipelineConfig) -> None:
     ):
         check_resources(f"resources.{stage}", resources, config.backend)
     check_source(config.source)
+    if config.network.kind == "classifier":
+        raise UserError("network.kind: a classifier makes no images to evaluate: train it alone, with diffusion train.")
     check_size(config.source, config.dataset, config.network)
     check_held_out(config.source, config.dataset)
     check_sampler("evaluation.sampler", config.evaluation.sampler, config.process)
@@ -68,23 +70,27 @@ def check_shard(request: ShardRequest, backend: BackendConfig) -> None:
 
 def check_train(request: TrainRequest, backend: BackendConfig) -> None:
     from diffusion_core.data.shards import open_dataset
+    from diffusion_core.training.run import check_classes
 
     check_store(request.store)
     check_services(request.store, backend)
     check_resources("resources.train", request.resources, backend)
-    height, width, channels = open_dataset(request.dataset_uri).image_shape
+    dataset = open_dataset(request.dataset_uri)
+    height, width, channels = dataset.image_shape
+    check_classes(request.network, len(dataset.class_names))
     check_image_size(request.network, height, width)
     check_init_from(request.training.init_from, request.network, request.process, channels, request.store)
 
 
 def check_evaluate(request: EvaluateRequest, backend: BackendConfig) -> None:
-    from diffusion_core.bundle import read_bundle_config
+    from diffusion_core.bundle import check_makes_images, read_bundle_config
     from diffusion_core.data.shards import open_dataset
 
     check_store(request.store)
     check_services(request.store, backend, mlflow=request.mlflow_run_id is not None)
     check_resources("resources.evaluate", request.resources, backend)
     bundle, dataset = read_bundle_config(request.bundle_uri), open_dataset(request.dataset_uri)
+    check_makes_images(request.bundle_uri, bundle)
     if tuple(bundle.image_shape) != tuple(dataset.image_shape):
         raise UserError(
             f"The bundle makes images of {_shape(bundle.image_shape)}, but the dataset {request.dataset_uri} has "
@@ -100,12 +106,13 @@ def check_evaluate(request: EvaluateRequest, backend: BackendConfig) -> None:
 
 
 def check_generate(request: GenerateRequest, backend: BackendConfig) -> None:
-    from diffusion_core.bundle import read_bundle_config
+    from diffusion_core.bundle import check_makes_images, read_bundle_config
 
     check_store(request.store)
     check_services(request.store, backend, mlflow=request.model.startswith("models:"))
     check_resources("resources.generate", request.resources, backend)
     bundle = read_bundle_config(bundle_of(request.model, request.store))
+    check_makes_images(request.model, bundle)
     check_sampler("generation.sampler", request.generation.sampler, bundle.process)
     guidance, shape, classes = request.generation.guidance, bundle.image_shape, bundle.class_names
     check_guidance("generation.guidance", guidance, bundle.process, shape, classes, request.store)
@@ -200,13 +207,17 @@ def check_guidance(
     class_names: Sequence[str] | None,
     store: str,
 ) -> None:
-    """The model that guides suits the one that it guides."""
-    if guidance.guide is None:
-        return
-    from diffusion_core.bundle import check_guide, read_bundle_config
+    """The models that guide are there and suit the one that they guide."""
+    if guidance.classifier_scale and not guidance.classifier:
+        raise UserError(
+            f"{field}.classifier_scale: {guidance.classifier_scale:g} needs {field}.classifier, a bundle trained with "
+            "network.kind classifier."
+        )
+    for name, reference in guidance.models.items():
+        from diffusion_core.bundle import check_guide, read_bundle_config
 
-    guide = read_bundle_config(bundle_of(guidance.guide, store))
-    check_guide(f"{field}.guide", guide, process, image_shape, class_names)
+        guide = read_bundle_config(bundle_of(reference, store))
+        check_guide(f"{field}.{name}", guide, process, image_shape, class_names)
 
 
 def check_unmoved(init_from: str | None, model: str) -> None:

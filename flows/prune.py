@@ -66,7 +66,8 @@ def _unused_runs(store: str) -> Iterator[Candidate]:
     used = {row["run"] for row in listing.models(store)}
     for row in listing.imagesets(store):
         if row["for"] == "use":
-            used |= {row["run"], (Directory(row["uri"]).read_json("set.json").get("guide") or {}).get("run_id")}
+            guides = Directory(row["uri"]).read_json("set.json").get("guides", {})
+            used |= {row["run"], *(guide["run_id"] for guide in guides.values())}
     root = Directory(store) / "runs"
     for row in listing.runs(store):
         if row["run"] not in used and row["bundle"]:  # without a bundle it is still in training, or waits to continue

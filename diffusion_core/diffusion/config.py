@@ -276,7 +276,7 @@ class GuidanceConfig(Config):
     """Guidance u + scale * (c - u), away from a weaker prediction u.
 
     c is that of the model, with the label; u is the model's own without it (classifier-free guidance, Ho & Salimans
-    2022), or that of a weaker model, the guide (autoguidance, Karras et al. 2024).
+    2022), or that of a weaker model, the guide (autoguidance, Karras et al. 2024). A classifier may guide as well.
     """
 
     scale: float = Field(
@@ -288,6 +288,20 @@ class GuidanceConfig(Config):
         description="Autoguidance: bundle URI or models:/name@alias of a weaker model of the same images and process, "
         "as a smaller or less trained one, to guide away from instead of leaving the label out. The digest of that "
         "bundle, not its name, is part of the ids of what it guides.",
+    )
+    classifier: str | None = execution(
+        None,
+        min_length=1,
+        description="Classifier guidance: bundle URI or models:/name@alias of a classifier of noisy images, trained "
+        "with network.kind classifier and the same process. Its digest, not its name, is part of the ids of what it "
+        "guides.",
+    )
+    classifier_scale: float = later(
+        0.0,
+        ge=0.0,
+        le=1000.0,
+        description="Classifier guidance (Dhariwal & Nichol 2021): weight of the gradient of log p(label | x_t); 0 is "
+        "neutral. It adds to what the scale does.",
     )
     rescale: float = later(
         0.0,
@@ -317,3 +331,9 @@ class GuidanceConfig(Config):
         if low is not None and high is not None and low >= high:
             raise ValueError(f"min_log_snr {low} must be below max_log_snr, which is {high}")
         return self
+
+    @property
+    def models(self) -> dict[str, str]:
+        """References of the other models that take part, by the name of their field: those that are not neutral."""
+        guide = {"guide": self.guide} if self.guide and self.scale != 1.0 else {}
+        return {**guide, **({"classifier": self.classifier} if self.classifier and self.classifier_scale else {})}

@@ -5,16 +5,19 @@ Conditioning, guidance and thresholding live here, so that samplers never see th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusion_core.config import UserError
 from diffusion_core.diffusion.config import GuidanceConfig, SamplerConfig, Threshold
 from diffusion_core.diffusion.process import GaussianProcess, Network
 from diffusion_core.diffusion.schedules import Time
+
+Classifier = Callable[[Tensor, Time], Tensor]
 
 
 class Denoiser:
@@ -29,9 +32,11 @@ class Denoiser:
             quantile of the dynamic threshold, which is 0.995 otherwise.
         guide: a weaker network of the same process to guide away from, called like the network, but without a label if
             it has no `null_label`. None: the network itself without the label.
+        classifier: called as classifier(x_t, t) with what the denoiser is called with; gives logits (N, classes).
 
     Raises:
-        UserError: if guidance other than 1 is asked of a network or a call without labels, and there is no guide.
+        UserError: if guidance other than 1 is asked of a network or a call without labels, and there is no guide, or
+            classifier guidance without a classifier or without labels.
     """
 
     def __init__(
@@ -42,12 +47,13 @@ class Denoiser:
         guidance: GuidanceConfig | None = None,
         threshold: SamplerConfig | Threshold | str | None = None,
         guide: Network | None = None,
+        classifier: Classifier | None = None,
     ) -> None:
         self.process = process
         self.network = network
         self.cond = dict(cond or {})
         self.guidance = guidance or GuidanceConfig()
-        self.guide = guide
+        self.guide, self.classifier = guide, classifier
         if not isinstance(threshold, SamplerConfig):
             threshold = SamplerConfig(threshold=Threshold(threshold or Threshold.NONE))
         self.threshold = threshold.threshold
@@ -58,6 +64,11 @@ class Denoiser:
             raise UserError(
                 f"guidance.scale: {scale} is not accepted without labels: an unconditional model takes only 1, or a "
                 "guide."
+            )
+        if self.guidance.classifier_scale and (classifier is None or self.cond.get("label") is None):
+            raise UserError(
+                f"guidance.classifier_scale: {self.guidance.classifier_scale} needs a classifier (guidance.classifier) "
+                "and labels."
             )
 
     def __call__(self, x_t: Tensor, t: Time) -> Tensor:
@@ -70,22 +81,24 @@ class Denoiser:
         Returns:
             (N, C, H, W) in the dtype of x_t, but at least float32; in [-1, 1] when thresholded.
         """
-        output = self._output(*self.process.network_inputs(x_t, t), self._scale_at(t, len(x_t)))
+        scale = self._scale_at(t, len(x_t), self.guidance.scale, 1.0)
+        output = self._output(*self.process.network_inputs(x_t, t), scale)
         x0_hat = self.process.predict_x0(x_t, t, output.to(torch.promote_types(x_t.dtype, torch.float32)))
+        x0_hat = self._classified(x_t, t, x0_hat)
         if self.threshold is Threshold.STATIC:
             return x0_hat.clamp(-1.0, 1.0)
         if self.threshold is Threshold.DYNAMIC:
             return dynamic_threshold(x0_hat, self.threshold_quantile)
         return x0_hat
 
-    def _scale_at(self, t: Time, count: int) -> float | Tensor:
-        """The guidance scale at time t: 1 outside of the interval (Kynkäänniemi et al. 2024).
+    def _scale_at(self, t: Time, count: int, scale: float, neutral: float) -> float | Tensor:
+        """A guidance scale at time t: neutral outside of the interval (Kynkäänniemi et al. 2024).
 
         A number, unless images of one batch have times on both sides: then (N,).
         """
         low, high = self.guidance.min_log_snr, self.guidance.max_log_snr
-        if self.guidance.scale == 1.0 or (low is None and high is None):
-            return self.guidance.scale
+        if scale == neutral or (low is None and high is None):
+            return scale
         log_snr = self.process.schedule.log_snr(t)
         inside = torch.ones_like(log_snr, dtype=torch.bool)
         if low is not None:
@@ -93,8 +106,22 @@ class Denoiser:
         if high is not None:
             inside &= log_snr <= high
         if bool(inside.all()):
-            return self.guidance.scale
-        return torch.where(inside, self.guidance.scale, 1.0).expand(count) if bool(inside.any()) else 1.0
+            return scale
+        return torch.where(inside, scale, neutral).expand(count) if bool(inside.any()) else neutral
+
+    def _classified(self, x_t: Tensor, t: Time, x0_hat: Tensor) -> Tensor:
+        """x0_hat moved towards the label by the classifier (Dhariwal & Nichol 2021, algorithm 2).
+
+        The noise sigma(t) * s * grad log p(label | x_t) is taken out of the predicted one, so that x0_hat moves by
+        s * sigma(t)^2 / alpha(t) * grad. In pure noise there is nothing to classify, and nothing moves.
+        """
+        scale = self._scale_at(t, len(x_t), self.guidance.classifier_scale, 0.0)
+        if self.classifier is None or (isinstance(scale, float) and scale == 0.0):
+            return x0_hat
+        alpha, sigma = self.process.schedule.alpha(t), self.process.schedule.sigma(t)
+        weight = torch.where(alpha > 0, scale * sigma**2 / alpha, 0.0).to(x0_hat)
+        gradient = label_gradient(self.classifier, x_t.to(x0_hat.dtype), t, self.cond["label"])
+        return x0_hat + weight.reshape(-1, *(1,) * (x0_hat.ndim - 1)) * gradient
 
     def _output(self, x: Tensor, t: Tensor, scale: float | Tensor) -> Tensor:
         """The guided output u + s * (c - u), rescaled if wanted.
@@ -135,6 +162,18 @@ class Denoiser:
 
 def _wide(output: Tensor) -> Tensor:
     return output.to(torch.promote_types(output.dtype, torch.float32))
+
+
+def label_gradient(classifier: Classifier, x_t: Tensor, t: Time, label: Tensor) -> Tensor:
+    """The gradient of log p(label | x_t) with respect to x_t, of the shape and dtype of x_t.
+
+    Works within `torch.inference_mode` too. Attention takes the one backward pass whose sums have a fixed order.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel([SDPBackend.MATH]):
+        x = x_t.detach().clone().requires_grad_()  # what inference mode has made cannot take part in a gradient
+        logits = classifier(x, t.clone() if isinstance(t, Tensor) else t)
+        log_p = torch.log_softmax(logits.to(x.dtype), dim=1).gather(1, label.clone()[:, None])
+        return torch.autograd.grad(log_p.sum(), x)[0]
 
 
 def rescale_guided(guided: Tensor, conditional: Tensor, share: float) -> Tensor:

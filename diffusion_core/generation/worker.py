@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from diffusion_core.bundle import Bundle, check_guide, load_bundle
 from diffusion_core.config import UserError
-from diffusion_core.diffusion import Denoiser, KeyedNoise, build_sampler, images_from_network
+from diffusion_core.diffusion import Denoiser, GaussianProcess, KeyedNoise, build_sampler, images_from_network
+from diffusion_core.diffusion.denoiser import Classifier
+from diffusion_core.diffusion.schedules import Time
 from diffusion_core.generation.config import GenerationConfig, SamplingPrecision
 from diffusion_core.generation.imageset import ImageSet, open_imageset
 from diffusion_core.generation.plan import Shard, ShardTask
@@ -56,20 +58,38 @@ class Generator:
         self._layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         bundle.network.to(memory_format=self._layout)  # type: ignore[call-overload]
         self._network = _Watched(bundle.network, config.precision, self.device, self._layout)
-        self._guide = self._load_guide()
+        self._guide = self._load_guide("guide", config.precision)
+        self._classifier = self._load_guide("classifier", SamplingPrecision.FLOAT32)  # its gradient is wanted
+        others = [guide[0] for guide in (self._guide, self._classifier) if guide is not None]
+        self._watched = [self._network, *others]
         self._sampler = build_sampler(config.sampler, bundle.process)
         height, width, channels = bundle.config.image_shape
         self._shape = (channels, height, width)
 
-    def _load_guide(self) -> _Watched | None:
-        """The network that guides, on the same device and in the same precision."""
-        uri = self.config.guidance.guide
-        if uri is None or self.config.guidance.scale == 1:
+    def _load_guide(self, name: str, precision: SamplingPrecision) -> tuple[_Watched, GaussianProcess] | None:
+        """Another model that takes part, on the same device, with its process; None if there is none."""
+        uri = self.config.guidance.models.get(name)
+        if uri is None:
             return None
         guide, ours = load_bundle(uri, self.device), self.bundle.config
-        check_guide("generation.guidance.guide", guide.config, ours.process, ours.image_shape, ours.class_names)
+        check_guide(f"generation.guidance.{name}", guide.config, ours.process, ours.image_shape, ours.class_names)
         guide.network.to(memory_format=self._layout)  # type: ignore[call-overload]
-        return _Watched(guide.network, self.config.precision, self.device, self._layout)
+        return _Watched(guide.network, precision, self.device, self._layout), guide.process
+
+    def _denoiser(self, cond: dict[str, Tensor] | None, count: int) -> Denoiser:
+        """That of one batch."""
+        for watched in self._watched:
+            watched.watch(count)
+        guide = self._guide[0] if self._guide else None
+        classifier: Classifier | None = None
+        if self._classifier is not None:
+            network, process = self._classifier
+
+            def classifier(x_t: Tensor, t: Time) -> Tensor:
+                return network(*process.network_inputs(x_t, t))
+
+        threshold, guidance = self.config.sampler, self.config.guidance
+        return Denoiser(self.bundle.process, self._network, cond, guidance, threshold, guide, classifier)
 
     @property
     def made_on(self) -> str:
@@ -127,15 +147,11 @@ class Generator:
         cond: dict[str, Tensor] | None = None
         if classes is not None:
             cond = {"label": torch.from_numpy(classes.astype(np.int64)).to(self.device)}
-        guidance = self.config.guidance if self.config.guidance.scale != 1 else None
-        networks = [self._network] if self._guide is None else [self._network, self._guide]
-        for network in networks:
-            network.watch(len(batch))
-        denoiser = Denoiser(self.bundle.process, self._network, cond, guidance, self.config.sampler, self._guide)
+        denoiser = self._denoiser(cond, len(batch))
         x_T = noise.initial(self._shape, device=self.device).contiguous(memory_format=self._layout)
         x_0 = self._sampler.sample(denoiser, x_T, noise)
         finite = torch.isfinite(x_0).flatten(1).all(dim=1)
-        bad = torch.stack([~finite, *(network.bad for network in networks)]).any(dim=0).cpu().numpy()[slots]
+        bad = torch.stack([~finite, *(watched.bad for watched in self._watched)]).any(dim=0).cpu().numpy()[slots]
         if bad.any():
             ids = batch[slots][bad]
             shown = ", ".join(map(str, ids[:5])) + (", …" if len(ids) > 5 else "")
@@ -163,10 +179,11 @@ class _Watched(nn.Module):
         self.bad = torch.zeros(count, dtype=torch.bool, device=self.device)
 
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        labels = {} if label is None else {"label": label}
         with self._cast():
-            out = self.network(x_t.contiguous(memory_format=self.layout), t, label).float()
+            out = self.network(x_t.contiguous(memory_format=self.layout), t, **labels).float()
         finite = torch.isfinite(out).flatten(1).all(dim=1)
-        self.bad |= ~finite.view(-1, len(self.bad)).all(dim=0)  # guidance doubles the batch
+        self.bad = self.bad | ~finite.view(-1, len(self.bad)).all(dim=0)  # guidance doubles the batch
         return out
 
     def _cast(self) -> AbstractContextManager[Any]:
@@ -240,7 +257,7 @@ class ShardWorker:
         bundle = load_bundle(self.task.bundle_uri, self.task.device)
         if bundle.digest != self._set.description.bundle_digest:
             raise UserError(f"The bundle {self.task.bundle_uri} is not the one that the image set was planned with.")
-        return Generator(bundle, self._set.guided_by(self.task.guide_uri), self.task.device)
+        return Generator(bundle, self._set.guided_by(self.task.guide_uris), self.task.device)
 
     @cached_property
     def _set(self) -> ImageSet:

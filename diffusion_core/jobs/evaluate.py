@@ -16,7 +16,7 @@ from diffusion_core.data.shards import ImageDataset, open_dataset
 from diffusion_core.evaluation.config import EvaluationConfig, EvaluationLabels
 from diffusion_core.evaluation.identity import extractor_identity
 from diffusion_core.generation.config import GenerationConfig
-from diffusion_core.jobs.guide import with_guide_found
+from diffusion_core.jobs.guide import with_guides_found
 from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.requests import EvaluateRequest, EvaluateResult, Resources
 from diffusion_core.jobs.turns import one_at_a_time
@@ -84,9 +84,9 @@ def evaluate(
     dataset, bundle = open_dataset(dataset_uri), read_bundle_config(bundle_uri)
     samples = samples_of(config, dataset)
     check_comparable(bundle, dataset)
-    config = config.model_copy(update={"guidance": with_guide_found(config.guidance, store)})
-    bundle_id, guide = bundle_digest(bundle_uri), config.guidance.guide
-    extractor, guided = extractor_identity(config, dataset.version), [bundle_digest(guide)] if guide else []
+    config = config.model_copy(update={"guidance": with_guides_found(config.guidance, store)})
+    bundle_id, extractor = bundle_digest(bundle_uri), extractor_identity(config, dataset.version)
+    guided = [f"{name} {bundle_digest(uri)}" for name, uri in config.guidance.models.items()]
     evaluation_id = digest("evaluation", _ALGORITHM, bundle_id, dataset.version, extractor, config, *guided)
     directory = Directory(store) / f"evaluations/{evaluation_id}"
     if directory.exists(REPORT):
@@ -97,7 +97,7 @@ def evaluate(
         "bundle": {"uri": bundle_uri, "digest": bundle_id, "run_id": bundle.run_id, "images_seen": bundle.images_seen},
         "dataset": {"name": dataset.name, "version": dataset.version, "uri": dataset.uri},
         "configuration": json.loads(json.dumps(identity(config))),
-        **({"guide": {"uri": guide, "digest": guided[0]}} if guide else {}),
+        **({"guided_by": guided} if guided else {}),
     }
     with one_at_a_time(store, "evaluate", evaluation_id):
         reused = directory.exists(REPORT)  # another job may have made it meanwhile

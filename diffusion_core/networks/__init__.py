@@ -5,16 +5,33 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from diffusion_core.networks.config import DiTConfig, NetworkConfig, UNetConfig, check_image_size
+from diffusion_core.networks.config import (
+    DiTConfig,
+    NetworkConfig,
+    NoisyClassifierConfig,
+    UNetConfig,
+    check_image_size,
+)
 
 if TYPE_CHECKING:
     from diffusion_core.networks.build import build_network
+    from diffusion_core.networks.classifier import NoisyClassifier
     from diffusion_core.networks.dit import DiT
     from diffusion_core.networks.unet import UNet
 
-_HOME = {"DiT": "dit", "UNet": "unet", "build_network": "build"}
+_HOME = {"DiT": "dit", "NoisyClassifier": "classifier", "UNet": "unet", "build_network": "build"}
 
-__all__ = ["DiT", "DiTConfig", "NetworkConfig", "UNet", "UNetConfig", "build_network", "check_image_size"]
+__all__ = [
+    "DiT",
+    "DiTConfig",
+    "NetworkConfig",
+    "NoisyClassifier",
+    "NoisyClassifierConfig",
+    "UNet",
+    "UNetConfig",
+    "build_network",
+    "check_image_size",
+]
 
 
 def __getattr__(name: str) -> Any:

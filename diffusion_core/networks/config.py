@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Discriminator, Field, GetJsonSchemaHandler, Tag, model_validator
 
 from diffusion_core.config import Config, UserError
 
 
-class UNetConfig(Config):
-    """A U-Net of residual blocks with self-attention (Ho et al. 2020, Dhariwal & Nichol 2021)."""
+class LevelsConfig(Config):
+    """Levels of residual blocks with self-attention, each of half the resolution of the one before."""
 
-    kind: Literal["unet"] = Field("unet", description="Architecture: a U-Net of convolutions, good for small images.")
     base_channels: int = Field(
         64, ge=4, le=2048, multiple_of=4, description="Channels at the full resolution, a multiple of 4."
     )
@@ -34,7 +33,7 @@ class UNetConfig(Config):
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Share of features dropped inside each residual block.")
 
     @model_validator(mode="after")
-    def _heads_divide_channels(self) -> UNetConfig:
+    def _heads_divide_channels(self) -> Self:
         for multiplier in self.channel_multipliers:
             channels = self.base_channels * multiplier
             if channels > self.head_channels and channels % self.head_channels:
@@ -48,10 +47,31 @@ class UNetConfig(Config):
         """Height and width of an image must be multiples of this: one halving for every level after the first."""
         return int(2 ** (len(self.channel_multipliers) - 1))
 
+
+class UNetConfig(LevelsConfig):
+    """A U-Net of residual blocks with self-attention (Ho et al. 2020, Dhariwal & Nichol 2021)."""
+
+    kind: Literal["unet"] = Field("unet", description="Architecture: a U-Net of convolutions, good for small images.")
+
     @property
     def summary(self) -> str:
         """Kind and size in a few words, for the model card."""
         return f"{self.kind}, {self.base_channels} base channels"
+
+
+class NoisyClassifierConfig(LevelsConfig):
+    """A classifier of noisy images, the down-sampling half of the U-Net (Dhariwal & Nichol 2021)."""
+
+    model_config = ConfigDict(json_schema_extra={"required": ["kind"]})
+
+    kind: Literal["classifier"] = Field(
+        "classifier", description="No model of images but a classifier of noisy ones, for classifier guidance."
+    )
+
+    @property
+    def summary(self) -> str:
+        """Kind and size in a few words, for the model card."""
+        return f"{self.kind} of noisy images, {self.base_channels} base channels"
 
 
 class DiTConfig(Config):
@@ -98,13 +118,17 @@ def _tag(value: Any) -> str:
 
 # A network by its kind; what was written before there was a choice has none and means the U-Net.
 NetworkConfig = Annotated[
-    Annotated[UNetConfig, Tag("kind=unet")] | Annotated[DiTConfig, Tag("kind=dit")],
-    Discriminator(_tag, custom_error_type="network_kind", custom_error_message="its kind must be unet or dit"),
+    Annotated[UNetConfig, Tag("kind=unet")]
+    | Annotated[DiTConfig, Tag("kind=dit")]
+    | Annotated[NoisyClassifierConfig, Tag("kind=classifier")],
+    Discriminator(
+        _tag, custom_error_type="network_kind", custom_error_message="its kind must be unet, dit or classifier"
+    ),
     _AnyOf(),
 ]
 
 
-def check_image_size(config: UNetConfig | DiTConfig, height: int, width: int) -> None:
+def check_image_size(config: NetworkConfig, height: int, width: int) -> None:
     """Refuse an image size that the network cannot take.
 
     A U-Net has to halve it often enough and to meet every size chosen for attention, a transformer to cut it into whole
@@ -127,7 +151,7 @@ def _check_patches(patch_size: int, height: int, width: int) -> None:
         )
 
 
-def _check_levels(config: UNetConfig, height: int, width: int) -> None:
+def _check_levels(config: LevelsConfig, height: int, width: int) -> None:
     divisor = config.size_divisor
     if height < 1 or width < 1 or height % divisor or width % divisor:
         raise UserError(

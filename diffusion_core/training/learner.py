@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from diffusion_core.config import UserError
 from diffusion_core.diffusion import keyed_integers, make_process
-from diffusion_core.networks import build_network
+from diffusion_core.networks import NoisyClassifierConfig, build_network
 from diffusion_core.training.batches import Microbatch
 from diffusion_core.training.checkpoint import Tensors
 from diffusion_core.training.config import Precision
@@ -67,6 +67,7 @@ class Learner:
                 average.network.load_state_dict(parts[name])
         self._parameters = dict(self.network.named_parameters())
         self.optimizer = self._make_optimizer(parts, images_seen)
+        self._classifies = isinstance(spec.network, NoisyClassifierConfig)
         self._drops = spec.network.dropout > 0
         if self.config.compile:
             self.network.compile(dynamic=False)
@@ -133,8 +134,11 @@ class Learner:
     def _losses(self, microbatch: Microbatch) -> Tensor:
         cond = {} if microbatch.label is None else {"label": microbatch.label}
         halved = self.config.precision is Precision.BFLOAT16
+        images = microbatch.x0, microbatch.t, microbatch.noise
         with torch.autocast(self.world.device.type, torch.bfloat16) if halved else nullcontext():
-            return self.process.training_losses(self._model, microbatch.x0, microbatch.t, microbatch.noise, **cond)
+            if self._classifies:
+                return self.process.classification_losses(self._model, *images, **cond)
+            return self.process.training_losses(self._model, *images, **cond)
 
     @torch.no_grad()
     def _clip(self) -> Tensor:

@@ -16,12 +16,13 @@ from diffusion_core.bundle import BundleConfig, DatasetReference, save_bundle
 from diffusion_core.config import UserError
 from diffusion_core.data import ImageDataset, Loader, open_dataset
 from diffusion_core.diffusion import make_process
+from diffusion_core.networks.config import NoisyClassifierConfig
 from diffusion_core.training.batches import Batches
 from diffusion_core.training.checkpoint import Checkpoint, load_newest, prune_checkpoints, save_checkpoint
 from diffusion_core.training.config import EmaKind
 from diffusion_core.training.learner import Learner
 from diffusion_core.training.posthoc import save_snapshot, snapshot_distance
-from diffusion_core.training.preview import preview
+from diffusion_core.training.preview import noisy_images, preview
 from diffusion_core.training.recorder import FileRecorder, Recorder
 from diffusion_core.training.run import IMAGES, INTERRUPTED, TIME_BUDGET, RunDirectory, TrainOutcome, TrainSpec
 from diffusion_core.training.world import Decision, World
@@ -127,7 +128,10 @@ class _Loop:
         self.num_classes = len(self.dataset.class_names)
         budget = self.config.memory_budget_mb << 20
         loader = Loader(self.dataset, "train", self.config.seed, memory_budget_bytes=budget)
-        self.batches = Batches(loader, self.config, world, self.num_classes, make_process(spec.process).schedule)
+        self.classifies = isinstance(spec.network, NoisyClassifierConfig)
+        # A classifier is told every label, as it has to learn them.
+        dealt = self.config.model_copy(update={"label_dropout": 0.0}) if self.classifies else self.config
+        self.batches = Batches(loader, dealt, world, self.num_classes, make_process(spec.process).schedule)
         checkpoint = load_newest(run.checkpoints) if world.leads else None
         self.position = self._agree_on_start(checkpoint)
         parts = checkpoint.parts if checkpoint else None
@@ -332,6 +336,9 @@ class _Loop:
 
     def _preview(self) -> bytes:
         assert self.learner.ema is not None
+        if self.classifies:
+            images = self.dataset.read("train", limit=self.config.preview_images).images
+            return noisy_images(self.learner.process, images, self.config.seed)
         try:
             return preview(
                 self.learner.ema.network,

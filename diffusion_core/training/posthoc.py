@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from diffusion_core.bundle import RECORD, BundleConfig, load_bundle, save_bundle
+from diffusion_core.bundle import RECORD, SAMPLES, BundleConfig, load_bundle, save_bundle
 from diffusion_core.config import UserError
 from diffusion_core.training.checkpoint import (
     Checkpoint,
@@ -72,6 +72,9 @@ def export(run: RunDirectory, sigma_rel: float, images_seen: int | None = None) 
     bundle = load_bundle(run.bundle(seen))
     bundle.network.load_state_dict(reconstruct(run, sigma_rel, seen))
     config = BundleConfig.model_validate({**dict(bundle.config), "ema_sigma_rel": sigma_rel})
+    if config.network.kind == "classifier":  # its picture shows no samples
+        save_bundle(place, config, bundle.network.state_dict(), run.bundle(seen).read(SAMPLES))
+        return place.uri
     training = TrainSpec.model_validate(run.directory.read_json("run.json")["spec"]).training
     samples = preview(
         bundle.network,

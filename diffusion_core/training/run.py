@@ -124,6 +124,7 @@ def open_run(store: Directory | str, spec: TrainSpec, init_uri: str | None = Non
         raise UserError(f"The dataset {dataset.uri} has no images in its split train.")
     height, width, _ = dataset.image_shape
     check_image_size(spec.network, height, width)
+    check_classes(spec.network, len(dataset.class_names))
     source = init_uri or spec.training.init_from
     start = _starting_point(source, spec, dataset) if source else None
     parts = {"dataset": dataset.version, "start": start, "spec": identity(spec)}
@@ -132,6 +133,14 @@ def open_run(store: Directory | str, spec: TrainSpec, init_uri: str | None = Non
     run = RunDirectory(root / f"runs/{run_id}")
     run.directory.create_json("run.json", _description(run_id, spec, dataset, start, source))
     return run
+
+
+def check_classes(network: NetworkConfig, num_classes: int) -> None:
+    """`UserError` if there is nothing for a classifier to tell apart."""
+    if network.kind == "classifier" and num_classes < 2:
+        raise UserError(
+            f"network.kind: classifier needs a dataset with two classes at least, and this has {num_classes}."
+        )
 
 
 def check_start(theirs: BundleConfig, network: NetworkConfig, process: ProcessConfig, channels: int) -> None:

@@ -87,7 +87,7 @@ def test_a_network_of_another_kind_starts_from_its_own_defaults(tmp_path: Path):
         ),
         (["network.width=64"], r"^network\.width: there is no such field of kind=unet"),
         (["network.base_channels=x"], r"^network\.base_channels: 'x' is not accepted"),
-        (["network.kind=vit"], r"^network: .*'vit'.* is not accepted: its kind must be unet or dit\.$"),
+        (["network.kind=vit"], r"^network: .*'vit'.* is not accepted: its kind must be unet, dit or classifier\.$"),
         (
             ["network.kind=dit", "network.widht=8"],
             r"network\.widht: there is no such field, did you mean network\.width",
@@ -99,12 +99,12 @@ def test_mistakes_in_a_network_are_named(settings: list[str], said: str):
         load_config("digits", settings=settings)
 
 
-def test_a_form_offers_both_kinds_of_network():
+def test_a_form_offers_every_kind_of_network():
     """As `anyOf`, which Prefect's forms show; a filled-in form without a kind can only be meant as a U-Net."""
     schema = PipelineConfig.model_json_schema()
     choices = [choice["$ref"].rpartition("/")[2] for choice in schema["properties"]["network"]["anyOf"]]
-    assert choices == ["UNetConfig", "DiTConfig"]
-    assert schema["$defs"]["DiTConfig"]["required"] == ["kind"]
+    assert choices == ["UNetConfig", "DiTConfig", "NoisyClassifierConfig"]
+    assert all(schema["$defs"][name]["required"] == ["kind"] for name in choices[1:])
     assert as_values(load_config("digits", settings=["network.kind=dit"]))["network"]["kind"] == "dit"
 
 

@@ -36,7 +36,7 @@ def plan(store, uri, config):
 def make(images, uri, guide=None):
     shard = images.missing(images.extend(0, 16))[0]
     row = {"shard": shard.number, "first_image_id": 0, "count": 16}
-    return ShardWorker(ShardTask(images.uri, uri, "tiny/1", guide_uri=guide))(row)
+    return ShardWorker(ShardTask(images.uri, uri, "tiny/1", guide_uris={"guide": guide} if guide else {}))(row)
 
 
 def test_images_are_those_of_the_guided_denoiser(bundle_uri, guide_uri):
@@ -90,18 +90,19 @@ def test_a_set_remembers_its_guide_finds_it_where_it_is_and_refuses_another(tmp_
     guide = tiny_bundle(there, seed=1)
     images = plan(tmp_path, bundle_uri, settings(guide))
     assert make(images, bundle_uri)["outcome"] == "made"
-    assert images.description.guide == {"digest": bundle_digest(guide), "run_id": read_bundle_config(guide).run_id}
+    planned = {"digest": bundle_digest(guide), "run_id": read_bundle_config(guide).run_id}
+    assert images.description.guides == {"guide": planned}
     assert reproduce(images.uri, 3)[1]
     assert lineage.reproduce(images.uri, str(tmp_path), [5])[0]["same"]
     assert lineage.lineage(images.uri, str(tmp_path))[0]["guide"] == bundle_digest(guide)
     there.rename(moved)
     stored = open_imageset(images.uri)
-    assert stored.guided_by(str(moved)).guidance.guide == str(moved)
+    assert stored.guided_by({"guide": str(moved)}).guidance.guide == str(moved)
     with pytest.raises(UserError, match="is not a model bundle"):
-        stored.guided_by(None)
+        stored.guided_by()
     images.directory.delete("shards/part-00000.json")
     row = make(images, bundle_uri, guide=bundle_uri)
-    assert row["outcome"] == "failed" and "is not the one that the image set" in row["error"]
+    assert row["outcome"] == "failed" and "is not that which the image set" in row["error"]
     assert make(images, bundle_uri, guide=str(moved))["outcome"] == "made"
 
 
@@ -124,7 +125,8 @@ def test_a_guide_that_does_not_fit_is_told_before_anything_starts(tmp_path, bund
     def check(guide, **changes):
         changed = model.model_copy(update=changes)
         shape, names = changed.image_shape, changed.class_names
-        check_guidance("generation.guidance", GuidanceConfig(guide=guide), changed.process, shape, names, str(tmp_path))
+        guidance = GuidanceConfig(scale=2, guide=guide)
+        check_guidance("generation.guidance", guidance, changed.process, shape, names, str(tmp_path))
 
     check(None)
     check(guide_uri)
