@@ -208,11 +208,6 @@ def check_guidance(
     store: str,
 ) -> None:
     """The models that guide are there and suit the one that they guide."""
-    if guidance.classifier_scale and not guidance.classifier:
-        raise UserError(
-            f"{field}.classifier_scale: {guidance.classifier_scale:g} needs {field}.classifier, a bundle trained with "
-            "network.kind classifier."
-        )
     for name, reference in guidance.models.items():
         from diffusion_core.bundle import check_guide, read_bundle_config
 

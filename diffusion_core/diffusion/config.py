@@ -332,6 +332,12 @@ class GuidanceConfig(Config):
             raise ValueError(f"min_log_snr {low} must be below max_log_snr, which is {high}")
         return self
 
+    @model_validator(mode="after")
+    def _there_is_a_classifier(self) -> GuidanceConfig:
+        if self.classifier_scale and not self.classifier:
+            raise ValueError(f"classifier_scale is {self.classifier_scale:g}, which needs a classifier to be named")
+        return self
+
     @property
     def models(self) -> dict[str, str]:
         """References of the other models that take part, by the name of their field: those that are not neutral."""

@@ -311,7 +311,7 @@ class ImageSet:
         return UserError(f"Image {image_id} is not in the image set {self.uri}.")
 
 
-def describe(store: str, bundle_uri: str, digested: str, bundle: BundleConfig, config: GenerationConfig) -> ImageSet:
+def describe(store: str, bundle_uri: str, bundle_id: str, bundle: BundleConfig, config: GenerationConfig) -> ImageSet:
     """The image set that a configuration means, `<store>/images/<set id>`; nothing is written.
 
     Raises:
@@ -323,11 +323,11 @@ def describe(store: str, bundle_uri: str, digested: str, bundle: BundleConfig, c
     labels = resolve_labels(config, bundle.class_names)
     kept = {name: item for name, item in identity(config).items() if name not in _LABEL_FIELDS}
     guided = [f"{name} {guide['digest']}" for name, guide in guides.items()]
-    set_id = digest("image set", SCHEMA_VERSION, digested, kept, labels.identity(), *guided)
+    set_id = digest("image set", SCHEMA_VERSION, bundle_id, kept, labels.identity(), *guided)
     description = SetDescription(
         set_id=set_id,
         bundle_uri=bundle_uri,
-        bundle_digest=digested,
+        bundle_digest=bundle_id,
         run_id=bundle.run_id,
         dataset=bundle.dataset.model_dump(),
         generation=config.model_dump(mode="json", include=set(kept) - {"algorithm_version"}),
