@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from diffusion_core.bundle import Bundle, check_guide, load_bundle
 from diffusion_core.config import UserError
 from diffusion_core.diffusion import Denoiser, GaussianProcess, KeyedNoise, build_sampler, images_from_network
-from diffusion_core.diffusion.denoiser import Classifier
 from diffusion_core.diffusion.schedules import Time
 from diffusion_core.generation.config import GenerationConfig, SamplingPrecision
 from diffusion_core.generation.imageset import ImageSet, open_imageset
@@ -41,7 +40,7 @@ class Generator:
 
     Args:
         bundle: a loaded bundle; its network is moved to the layout that suits the device.
-        config: how to sample (identity fields only).
+        config: how to sample; the models that guide are loaded from where it says.
         device: where the bundle's network is.
     """
 
@@ -81,15 +80,14 @@ class Generator:
         for watched in self._watched:
             watched.watch(count)
         guide = self._guide[0] if self._guide else None
-        classifier: Classifier | None = None
-        if self._classifier is not None:
-            network, process = self._classifier
-
-            def classifier(x_t: Tensor, t: Time) -> Tensor:
-                return network(*process.network_inputs(x_t, t))
-
+        classifier = self._logits if self._classifier else None
         threshold, guidance = self.config.sampler, self.config.guidance
         return Denoiser(self.bundle.process, self._network, cond, guidance, threshold, guide, classifier)
+
+    def _logits(self, x_t: Tensor, t: Time) -> Tensor:
+        assert self._classifier is not None
+        network, process = self._classifier
+        return network(*process.network_inputs(x_t, t))
 
     @property
     def made_on(self) -> str:
