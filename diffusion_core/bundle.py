@@ -211,9 +211,11 @@ def model_card(config: BundleConfig) -> str:
     height, width, channels = config.image_shape
     classes = ", ".join(config.class_names) if config.class_names else "none (unconditional)"
     process = config.process
-    return f"""# A diffusion model of {config.dataset.name}
+    classifies = config.network.kind == "classifier"
+    title, does = ("classifier", "Classifies noisy") if classifies else ("diffusion model", "Makes")
+    return f"""# A {title} of {config.dataset.name}
 
-Makes images of {height}x{width} pixels with {channels} channel{"s" if channels > 1 else ""}.
+{does} images of {height}x{width} pixels with {channels} channel{"s" if channels > 1 else ""}.
 
 | | |
 |---|---|

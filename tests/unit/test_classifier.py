@@ -238,7 +238,8 @@ def test_a_run_learns_the_classes_from_noisy_images(classifier_run, dataset, tmp
     assert recorded[0] == pytest.approx(math.log(3), abs=0.2) and recorded[-1] < 0.75 * math.log(3), recorded
     bundle = load_bundle(classifier_run.bundle(600).uri)
     assert isinstance(bundle.network, NoisyClassifier) and bundle.config.num_classes == 3
-    assert "classifier of noisy images, 8 base channels" in model_card(bundle.config)
+    card = model_card(bundle.config)
+    assert "# A classifier of toy\n\nClassifies noisy images of 8x8" in card and "of noisy images, 8 base" in card
     x0 = torch.tensor([30.0, 120.0, 210.0])[:, None, None, None].expand(3, 1, 8, 8) / 127.5 - 1
     x_t = bundle.process.q_sample(x0, 100, torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)))
     assert bundle.network(*bundle.process.network_inputs(x_t, 100)).argmax(dim=1).tolist() == [0, 1, 2]

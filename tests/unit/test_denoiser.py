@@ -164,7 +164,7 @@ def test_the_interval_may_be_open_at_one_end(limits: dict[str, float]) -> None:
 @pytest.mark.parametrize("prediction", list(Prediction))
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 3.0])
 def test_a_guide_takes_the_place_of_the_missing_label(scale: float, prediction: Prediction) -> None:
-    """Karras et al. 2024 ("Guiding a diffusion model with a bad version of itself"), eq. 1, in terms of x0."""
+    """Karras et al. 2024 ("Guiding a diffusion model with a bad version of itself"), in terms of x0."""
     p, x_t, network = process(prediction), noisy(), Labelled()
 
     class Weaker(Labelled):
