@@ -126,9 +126,9 @@ class Denoiser:
     def _output(self, x: Tensor, t: Tensor, scale: float | Tensor) -> Tensor:
         """The guided output u + s * (c - u), rescaled if wanted.
 
-        u is without the label (Ho & Salimans 2022, eq. 6, whose w is s - 1) or the guide's (autoguidance, Karras et al. 2024).
-        For a given x_t the noise, x0 and v are affine functions of each other, and the two weights add up to 1: without
-        rescaling it makes no difference which of them is combined.
+        u is without the label (Ho & Salimans 2022, eq. 6, whose w is s - 1) or the guide's (autoguidance, Karras et al.
+        2024). For a given x_t the noise, x0 and v are affine functions of each other, and the two weights add up to 1:
+        without rescaling it makes no difference which of them is combined.
         """
         if isinstance(scale, float) and scale == 1.0:
             return self.network(x, t, **self.cond)
