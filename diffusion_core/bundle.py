@@ -172,7 +172,7 @@ def check_guide(
     if (guide.network.kind == "classifier") != classifies:
         wanted = "classifier (network.kind)" if classifies else "model of images"
         raise UserError(f"{field}: that model is no {wanted}, but of the kind {guide.network.kind}.")
-    free = ("variance", "prediction", "sigma_data") if classifies else ("variance",)
+    free = ("variance", "prediction", "sigma_data") if classifies else ()
     for name in ProcessConfig.model_fields:
         theirs, ours = getattr(guide.process, name), getattr(process, name)
         if theirs != ours and name not in free:

@@ -237,8 +237,9 @@ def _mend_source(values: dict[str, Any], explicit: bool) -> None:
 def _start_another_network(values: dict[str, Any], network: Any) -> None:
     """A network of another kind starts from its own defaults: what was said of the first one is dropped."""
     before = values.get("network")
-    told = isinstance(before, dict) and isinstance(network, dict) and "kind" in network
-    if told and network["kind"] != before.get("kind", "unet"):
+    if not isinstance(before, dict) or not isinstance(network, dict):
+        return
+    if "kind" in network and network["kind"] != before.get("kind", "unet"):
         del values["network"]
 
 
