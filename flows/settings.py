@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -43,8 +44,12 @@ def load_config(
     if preset and base and preset != base:
         raise UserError(f"--preset is {preset} but {file} starts from the preset {base}: leave one of them out.")
     if preset or base:
-        values = _merged(preset_values(preset or base), values)
+        start = preset_values(preset or base)
+        _start_another_network(start, values.get("network"))
+        values = _merged(start, values)
     overrides = dict(_split_setting(text) for text in settings)
+    if "network.kind" in overrides:
+        _start_another_network(values, {"kind": overrides["network.kind"]})
     for path, value in overrides.items():
         _check_path(path, "--set")
         _put(values, path, value, "--set")
@@ -183,11 +188,13 @@ def field_paths(model: Any = PipelineConfig, prefix: str = "") -> list[str]:
 
 
 def _fields_of(annotation: Any) -> dict[str, Any]:
-    """The fields of a configuration class or of the first one in a union; none for a plain value."""
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return {name: field.annotation for name, field in candidate.model_fields.items()}
-    return {}
+    """The fields of a configuration class, or of all of those in a union; none for a plain value."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return {name: field.annotation for name, field in annotation.model_fields.items()}
+    fields: dict[str, Any] = {}
+    for member in get_args(annotation) if get_origin(annotation) in (Union, UnionType, Annotated) else ():
+        fields |= _fields_of(member)
+    return fields
 
 
 def _check_names(values: Mapping[str, Any], model: Any = PipelineConfig, prefix: str = "") -> None:
@@ -225,6 +232,15 @@ def _mend_source(values: dict[str, Any], explicit: bool) -> None:
     source = values.get("source")
     if isinstance(source, dict) and source.get("uri") and source.get("kind") == "digits" and not explicit:
         source["kind"] = "auto"
+
+
+def _start_another_network(values: dict[str, Any], network: Any) -> None:
+    """A network of another kind starts from its own defaults: what was said of the first one is dropped."""
+    before = values.get("network")
+    if not isinstance(before, dict) or not isinstance(network, dict):
+        return
+    if "kind" in network and network["kind"] != before.get("kind", "unet"):
+        del values["network"]
 
 
 def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

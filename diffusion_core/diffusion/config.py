@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from diffusion_core.config import Config, UserError, later
+from diffusion_core.config import Config, UserError, execution, later
 
 
 class Choice(StrEnum):
@@ -285,10 +285,35 @@ def check_sampler(field: str, sampler: SamplerConfig, process: ProcessConfig) ->
 
 
 class GuidanceConfig(Config):
-    """Classifier-free guidance (Ho & Salimans 2022): u + scale * (c - u), c with the label and u without."""
+    """Guidance u + scale * (c - u), away from a weaker prediction u.
+
+    c is that of the model, with the label; u is the model's own without it (classifier-free guidance, Ho & Salimans
+    2022), or that of a weaker model, the guide (autoguidance, Karras et al. 2024). A classifier may guide as well.
+    """
 
     scale: float = Field(
         1.0, ge=0.0, le=100.0, description="Guidance scale: 0 ignores the label, 1 is neutral, more follows it more."
+    )
+    guide: str | None = execution(
+        None,
+        min_length=1,
+        description="Autoguidance: bundle URI or models:/name@alias of a weaker model of the same images and process, "
+        "as a smaller or less trained one, to guide away from instead of leaving the label out. The digest of that "
+        "bundle, not its name, is part of the ids of what it guides.",
+    )
+    classifier: str | None = execution(
+        None,
+        min_length=1,
+        description="Classifier guidance: bundle URI or models:/name@alias of a classifier of noisy images, trained "
+        "with network.kind classifier and the same process. Its digest, not its name, is part of the ids of what it "
+        "guides.",
+    )
+    classifier_scale: float = later(
+        0.0,
+        ge=0.0,
+        le=1000.0,
+        description="Classifier guidance (Dhariwal & Nichol 2021): weight of the gradient of log p(label | x_t); 0 is "
+        "neutral. It adds to what the scale does.",
     )
     rescale: float = later(
         0.0,
@@ -318,3 +343,15 @@ class GuidanceConfig(Config):
         if low is not None and high is not None and low >= high:
             raise ValueError(f"min_log_snr {low} must be below max_log_snr, which is {high}")
         return self
+
+    @model_validator(mode="after")
+    def _there_is_a_classifier(self) -> GuidanceConfig:
+        if self.classifier_scale and not self.classifier:
+            raise ValueError(f"classifier_scale is {self.classifier_scale:g}, which needs a classifier to be named")
+        return self
+
+    @property
+    def models(self) -> dict[str, str]:
+        """References of the other models that take part, by the name of their field: those that are not neutral."""
+        guide = {"guide": self.guide} if self.guide and self.scale != 1.0 else {}
+        return {**guide, **({"classifier": self.classifier} if self.classifier and self.classifier_scale else {})}

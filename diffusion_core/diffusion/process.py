@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion_core.config import UserError
@@ -184,6 +185,11 @@ class GaussianProcess:
         """
         output = network(*self.network_inputs(self.q_sample(x0, t, noise), t), **cond)
         return simple_loss(self.split(output)[0], self.target(x0, t, noise))
+
+    def classification_losses(self, classifier: Network, x0: Tensor, t: Tensor, noise: Tensor, label: Tensor) -> Tensor:
+        """Cross-entropy (N,) of a classifier of noisy images, called as classifier(x_t, t); see `training_losses`."""
+        logits = classifier(*self.network_inputs(self.q_sample(x0, t, noise), t))
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), label, reduction="none")
 
     def _step(
         self, x0: Tensor, x_t: Tensor, t: Time, s: Time | None, kind: Variance, fraction: Tensor | None = None

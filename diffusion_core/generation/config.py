@@ -36,7 +36,9 @@ class GenerationConfig(Config):
     """
 
     sampler: SamplerConfig = Field(default_factory=SamplerConfig, description="The sampler and its number of steps.")
-    guidance: GuidanceConfig = Field(default_factory=GuidanceConfig, description="Classifier-free guidance.")
+    guidance: GuidanceConfig = Field(
+        default_factory=GuidanceConfig, description="Guidance, by leaving the label out or by a weaker model."
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of all noise.")
     labels: str | tuple[int | str, ...] = Field(
         "balanced",

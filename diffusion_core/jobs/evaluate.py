@@ -16,6 +16,7 @@ from diffusion_core.data.shards import ImageDataset, open_dataset
 from diffusion_core.evaluation.config import EvaluationConfig, EvaluationLabels, check_likelihood
 from diffusion_core.evaluation.identity import extractor_identity
 from diffusion_core.generation.config import GenerationConfig
+from diffusion_core.jobs.guide import with_guides_found
 from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.requests import EvaluateRequest, EvaluateResult, Resources
 from diffusion_core.jobs.turns import one_at_a_time
@@ -84,10 +85,10 @@ def evaluate(
     samples = samples_of(config, dataset)
     check_comparable(bundle, dataset)
     check_likelihood("evaluation.likelihood", config.likelihood, bundle.process)
-    bundle_id = bundle_digest(bundle_uri)
-    evaluation_id = digest(
-        "evaluation", _ALGORITHM, bundle_id, dataset.version, extractor_identity(config, dataset.version), config
-    )
+    config = config.model_copy(update={"guidance": with_guides_found(config.guidance, store)})
+    bundle_id, extractor = bundle_digest(bundle_uri), extractor_identity(config, dataset.version)
+    guided = [f"{name} {bundle_digest(uri)}" for name, uri in config.guidance.models.items()]
+    evaluation_id = digest("evaluation", _ALGORITHM, bundle_id, dataset.version, extractor, config, *guided)
     directory = Directory(store) / f"evaluations/{evaluation_id}"
     if directory.exists(REPORT):
         return Evaluation(directory, directory.read_json(REPORT), reused=True)
@@ -97,6 +98,7 @@ def evaluate(
         "bundle": {"uri": bundle_uri, "digest": bundle_id, "run_id": bundle.run_id, "images_seen": bundle.images_seen},
         "dataset": {"name": dataset.name, "version": dataset.version, "uri": dataset.uri},
         "configuration": json.loads(json.dumps(identity(config))),
+        **({"guided_by": guided} if guided else {}),
     }
     with one_at_a_time(store, "evaluate", evaluation_id):
         reused = directory.exists(REPORT)  # another job may have made it meanwhile

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from diffusion_core import tracking
-from diffusion_core.bundle import load_bundle
+from diffusion_core.bundle import bundle_digest, load_bundle
 from diffusion_core.config import UserError
+from diffusion_core.diffusion import GuidanceConfig
 from diffusion_core.evaluation.config import (
     ClassifierConfig,
     EvaluationConfig,
@@ -109,6 +110,18 @@ def test_the_report_says_what_was_compared_and_never_calls_it_fid(store, dataset
     assert picture.width > 400 and len(done.directory.read("evaluation.png")) < 300_000
     assert done.features().values.shape == (100, 16)
     assert json.loads(done.directory.read("evaluation.json")) == report
+
+
+def test_the_model_that_guides_is_part_of_an_evaluation(store, dataset, bundles):
+    guidance = GuidanceConfig(scale=2, guide=bundles["awful"])
+    guided = CONFIG.model_copy(update={"guidance": guidance})
+    model_of_quality(store, dataset, guided, 1, 30)
+    done = measured(store, dataset, bundles["good"], guided)
+    assert done.report["guided_by"] == [f"guide {bundle_digest(bundles['awful'])}"]
+    plain = measured(store, dataset, bundles["good"])
+    assert done.uri != plain.uri and "guided_by" not in plain.report
+    assert done.report["image_set"] != plain.report["image_set"]
+    assert measured(store, dataset, bundles["good"], guided).reused
 
 
 def test_the_floor_is_the_same_figures_of_the_test_split(store, dataset, bundles):
