@@ -11,18 +11,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffusion_core.diffusion.config import (
-        GuidanceConfig,
-        Prediction,
-        ProcessConfig,
-        SamplerConfig,
-        SamplerKind,
-        ScheduleKind,
-        Spacing,
-        Threshold,
-        Variance,
-    )
+    from diffusion_core.diffusion.config import GuidanceConfig, ProcessConfig, SamplerConfig
     from diffusion_core.diffusion.denoiser import Denoiser
+    from diffusion_core.diffusion.kinds import Prediction, SamplerKind, ScheduleKind, Spacing, Threshold, Variance
     from diffusion_core.diffusion.likelihood import dequantised, log_likelihood, timestep_rms, variational_bound
     from diffusion_core.diffusion.noise import (
         KeyedNoise,
@@ -39,18 +30,9 @@ if TYPE_CHECKING:
     from diffusion_core.diffusion.schedules import DiscreteSchedule, NoiseSchedule, make_schedule
 
 _HOME = {
-    "config": (
-        "GuidanceConfig",
-        "Prediction",
-        "ProcessConfig",
-        "SamplerConfig",
-        "SamplerKind",
-        "ScheduleKind",
-        "Spacing",
-        "Threshold",
-        "Variance",
-    ),
+    "config": ("GuidanceConfig", "ProcessConfig", "SamplerConfig"),
     "denoiser": ("Denoiser",),
+    "kinds": ("Prediction", "SamplerKind", "ScheduleKind", "Spacing", "Threshold", "Variance"),
     "likelihood": ("dequantised", "log_likelihood", "timestep_rms", "variational_bound"),
     "noise": ("KeyedNoise", "keyed_integers", "keyed_normal", "keyed_permutation", "keyed_uniform"),
     "objective": ("Objective", "training_times"),

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusion_core.config import UserError
-from diffusion_core.diffusion.config import GuidanceConfig, SamplerConfig, Threshold
+from diffusion_core.diffusion.config import GuidanceConfig, SamplerConfig
+from diffusion_core.diffusion.kinds import Threshold
 from diffusion_core.diffusion.process import GaussianProcess, Network
 from diffusion_core.diffusion.schedules import Time
 

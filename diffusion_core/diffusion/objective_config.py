@@ -8,7 +8,8 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from diffusion_core.config import Config, UserError
-from diffusion_core.diffusion.config import Choice, ProcessConfig, ScheduleKind, Variance
+from diffusion_core.diffusion.config import ProcessConfig
+from diffusion_core.diffusion.kinds import Choice, ScheduleKind, Variance
 
 
 class LossKind(Choice):

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion_core.config import UserError
-from diffusion_core.diffusion.config import Prediction, ProcessConfig, Variance
+from diffusion_core.diffusion.config import ProcessConfig
+from diffusion_core.diffusion.kinds import Prediction, Variance
 from diffusion_core.diffusion.losses import simple_loss
 from diffusion_core.diffusion.predictions import EDMReading, Reading, make_reading
 from diffusion_core.diffusion.schedules import NoiseSchedule, Time, make_schedule

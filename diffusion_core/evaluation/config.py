@@ -8,7 +8,8 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from diffusion_core.config import Config, UserError, execution, later
-from diffusion_core.diffusion.config import Choice, GuidanceConfig, ProcessConfig, SamplerConfig
+from diffusion_core.diffusion.config import GuidanceConfig, ProcessConfig, SamplerConfig
+from diffusion_core.diffusion.kinds import Choice
 
 
 class Extractor(StrEnum):

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from diffusion_core.config import Config, execution, later
-from diffusion_core.diffusion.config import Choice
+from diffusion_core.diffusion.kinds import Choice
 from diffusion_core.diffusion.objective_config import ObjectiveConfig
 
 

@@ -20,16 +20,8 @@ from diffusion_core.diffusion import (
     make_sampler,
     make_schedule,
 )
-from diffusion_core.diffusion.config import (
-    Choice,
-    Prediction,
-    SamplerKind,
-    ScheduleKind,
-    Spacing,
-    Threshold,
-    Variance,
-    check_sampler,
-)
+from diffusion_core.diffusion.config import check_sampler
+from diffusion_core.diffusion.kinds import Choice, Prediction, SamplerKind, ScheduleKind, Spacing, Threshold, Variance
 from diffusion_core.networks import UNetConfig
 
 

@@ -8,7 +8,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from diffusion_core.diffusion.config import SamplerConfig, Variance
+from diffusion_core.diffusion.config import SamplerConfig
+from diffusion_core.diffusion.kinds import Variance
 from diffusion_core.diffusion.process import GaussianProcess
 from diffusion_core.diffusion.samplers.base import Move, Sampler
 from diffusion_core.diffusion.schedules import NoiseSchedule

@@ -1,7 +1,7 @@
 """What all samplers share: the list of times, the loop over them, and the address of their noise.
 
-A new sampler is one file with a subclass of `Sampler` that says how one `Move` is made, and one line in the registry of
-this package.
+A new sampler is one file with a subclass of `Sampler` that says how one `Move` is made, and one line in
+`SamplerKind`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from diffusion_core.config import UserError
-from diffusion_core.diffusion.config import SamplerConfig, Spacing
+from diffusion_core.diffusion.config import SamplerConfig
+from diffusion_core.diffusion.kinds import Spacing
 from diffusion_core.diffusion.process import GaussianProcess
 from diffusion_core.diffusion.schedules import NoiseSchedule
 

@@ -16,7 +16,8 @@ from PIL import Image
 
 from diffusion_core.bundle import load_bundle
 from diffusion_core.config import UserError
-from diffusion_core.diffusion.config import ProcessConfig, SamplerConfig, Variance
+from diffusion_core.diffusion.config import ProcessConfig, SamplerConfig
+from diffusion_core.diffusion.kinds import Variance
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.generation.worker import Generator
 from diffusion_core.training import loop as loop_module
