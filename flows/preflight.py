@@ -73,16 +73,15 @@ def check_shard(request: ShardRequest, backend: BackendConfig) -> None:
 
 def check_train(request: TrainRequest, backend: BackendConfig) -> None:
     from diffusion_core.data.shards import open_dataset
-    from diffusion_core.training.run import check_classes
+    from diffusion_core.training.run import check_task
 
     check_store(request.store)
     check_services(request.store, backend)
     check_resources("resources.train", request.resources, backend)
     dataset = open_dataset(request.dataset_uri)
     height, width, channels = dataset.image_shape
-    check_classes(request.network, len(dataset.class_names))
     check_image_size(request.network, height, width)
-    check_objective("training.objective", request.training.objective, request.process)
+    check_task(request.network, request.training.objective, request.process, len(dataset.class_names))
     check_init_from(request.training.init_from, request.network, request.process, channels, request.store)
 
 

@@ -118,6 +118,23 @@ def test_guidance_is_of_the_prediction_and_the_variance_stays_that_of_the_label(
     torch.testing.assert_close(got.fraction, (v + 1) / 2)
 
 
+def test_a_guide_brings_its_prediction_but_not_its_variance() -> None:
+    """Autoguidance of two networks that learned their variances."""
+    label, x_t, network = torch.tensor([0, 3, 7, 9]), images(), Labelled()
+
+    class Weaker(Labelled):
+        def __call__(self, x_t: Tensor, t: Tensor, /, label: Tensor) -> Tensor:
+            return 0.5 * super().__call__(x_t, t, label=label)
+
+    process = make_process(LEARNED)
+    got = Denoiser(process, network, {"label": label}, GuidanceConfig(scale=2.0), guide=Weaker()).estimate(x_t, 20)
+    (better, fraction), (weaker, _) = (
+        process.split(net(x_t, torch.tensor(20), label=label)) for net in (network, Weaker())
+    )
+    torch.testing.assert_close(got.x0_hat, process.predict_x0(x_t, 20, 2.0 * better - weaker))
+    torch.testing.assert_close(got.fraction, fraction)
+
+
 @pytest.mark.parametrize("kind", list(SamplerKind))
 def test_every_sampler_takes_such_a_network_and_asks_it_as_often(kind: SamplerKind) -> None:
     process, network, noise = make_process(LEARNED), Labelled(), KeyedNoise(0, torch.arange(4))
