@@ -20,7 +20,7 @@ from diffusion_core.config import UserError
 from diffusion_core.data.config import DatasetConfig, SourceConfig, SourceKind, SplitSource
 from diffusion_core.diffusion.config import GuidanceConfig, ProcessConfig, check_sampler
 from diffusion_core.diffusion.objective_config import check_objective
-from diffusion_core.evaluation.config import EvaluationConfig, check_likelihood
+from diffusion_core.evaluation.config import EvaluationConfig, check_held_out_steps
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.jobs.backend import BackendConfig, BackendKind, jobs_address
 from diffusion_core.jobs.requests import EvaluateRequest, GenerateRequest, Resources, ShardRequest, TrainRequest
@@ -53,7 +53,7 @@ def check_pipeline(config: PipelineConfig) -> None:
     check_sampler("evaluation.sampler", config.evaluation.sampler, config.process)
     check_sampler("generation.sampler", config.generation.sampler, config.process)
     check_objective("training.objective", config.training.objective, config.process)
-    check_likelihood("evaluation.likelihood", config.evaluation.likelihood, config.process)
+    check_held_out_steps("evaluation", config.evaluation, config.process)
     check_evaluation(config.evaluation)
     classes, size = known_classes(config.source), config.dataset.size
     shape = (*size, config.dataset.channels) if size else None
@@ -102,7 +102,7 @@ def check_evaluate(request: EvaluateRequest, backend: BackendConfig) -> None:
     if not dataset.num_rows("test"):
         raise UserError(f"The dataset {request.dataset_uri} has no test split, and the figures need held-out images.")
     check_sampler("evaluation.sampler", request.evaluation.sampler, bundle.process)
-    check_likelihood("evaluation.likelihood", request.evaluation.likelihood, bundle.process)
+    check_held_out_steps("evaluation", request.evaluation, bundle.process)
     guidance = request.evaluation.guidance
     shape, classes = bundle.image_shape, bundle.class_names
     check_guidance("evaluation.guidance", guidance, bundle.process, shape, classes, request.store)
