@@ -23,11 +23,14 @@ demo: $(DEMO_READY)
 
 install: $(TEST_READY)
 
+# Unit tests run beside each other; those that start Ray, Prefect or servers have the machine to themselves.
 test: lint
-	$(PYTEST)
+	$(PYTEST) -n 2 --dist loadfile tests/unit
+	$(PYTEST) tests/integration tests/faults
 
 test-all: lint
-	$(PYTEST) -m "not benchmark"
+	$(PYTEST) -n 2 --dist loadfile -m "not benchmark" tests/unit
+	$(PYTEST) -m "not benchmark" tests/integration tests/faults
 
 lint: $(TEST_READY)
 	$(BIN)/ruff check .
