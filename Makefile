@@ -6,7 +6,7 @@ BIN := .venv/bin
 ASKED := $(shell cat pyproject.toml infra/constraints.txt | cksum | cut -d' ' -f1)
 DEMO_READY := .venv/ready-demo-$(ASKED)
 TEST_READY := .venv/ready-test-$(ASKED)
-PYTEST := $(BIN)/python -m pytest --durations=15
+PYTEST := $(BIN)/python -m pytest --durations=20
 
 .PHONY: help demo install test test-all lint bench constraints clean
 

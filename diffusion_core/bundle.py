@@ -119,7 +119,8 @@ def load_bundle(uri: str | Directory, device: str | Any = "cpu") -> Bundle:
 
     place = _place(uri)
     record, config = _record(place), read_bundle_config(place)
-    network = build_network(config.network, config.image_shape, config.num_classes)
+    outputs = config.process.output_channels(config.image_shape[2])
+    network = build_network(config.network, config.image_shape, config.num_classes, outputs)
     try:
         network.load_state_dict(load(_verified(place, record, WEIGHTS)))
     except RuntimeError as error:

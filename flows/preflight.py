@@ -19,7 +19,8 @@ from urllib.parse import urlsplit
 from diffusion_core.config import UserError
 from diffusion_core.data.config import DatasetConfig, SourceConfig, SourceKind, SplitSource
 from diffusion_core.diffusion.config import GuidanceConfig, ProcessConfig, check_sampler
-from diffusion_core.evaluation.config import EvaluationConfig
+from diffusion_core.diffusion.objective_config import check_objective
+from diffusion_core.evaluation.config import EvaluationConfig, check_held_out_steps
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.jobs.backend import BackendConfig, BackendKind, jobs_address
 from diffusion_core.jobs.requests import EvaluateRequest, GenerateRequest, Resources, ShardRequest, TrainRequest
@@ -51,6 +52,8 @@ def check_pipeline(config: PipelineConfig) -> None:
     check_held_out(config.source, config.dataset)
     check_sampler("evaluation.sampler", config.evaluation.sampler, config.process)
     check_sampler("generation.sampler", config.generation.sampler, config.process)
+    check_objective("training.objective", config.training.objective, config.process)
+    check_held_out_steps("evaluation", config.evaluation, config.process)
     check_evaluation(config.evaluation)
     classes, size = known_classes(config.source), config.dataset.size
     shape = (*size, config.dataset.channels) if size else None
@@ -70,15 +73,15 @@ def check_shard(request: ShardRequest, backend: BackendConfig) -> None:
 
 def check_train(request: TrainRequest, backend: BackendConfig) -> None:
     from diffusion_core.data.shards import open_dataset
-    from diffusion_core.training.run import check_classes
+    from diffusion_core.training.run import check_task
 
     check_store(request.store)
     check_services(request.store, backend)
     check_resources("resources.train", request.resources, backend)
     dataset = open_dataset(request.dataset_uri)
     height, width, channels = dataset.image_shape
-    check_classes(request.network, len(dataset.class_names))
     check_image_size(request.network, height, width)
+    check_task(request.network, request.training.objective, request.process, len(dataset.class_names))
     check_init_from(request.training.init_from, request.network, request.process, channels, request.store)
 
 
@@ -99,6 +102,7 @@ def check_evaluate(request: EvaluateRequest, backend: BackendConfig) -> None:
     if not dataset.num_rows("test"):
         raise UserError(f"The dataset {request.dataset_uri} has no test split, and the figures need held-out images.")
     check_sampler("evaluation.sampler", request.evaluation.sampler, bundle.process)
+    check_held_out_steps("evaluation", request.evaluation, bundle.process)
     guidance = request.evaluation.guidance
     shape, classes = bundle.image_shape, bundle.class_names
     check_guidance("evaluation.guidance", guidance, bundle.process, shape, classes, request.store)

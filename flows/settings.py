@@ -44,9 +44,7 @@ def load_config(
     if preset and base and preset != base:
         raise UserError(f"--preset is {preset} but {file} starts from the preset {base}: leave one of them out.")
     if preset or base:
-        start = preset_values(preset or base)
-        _start_another_network(start, values.get("network"))
-        values = _merged(start, values)
+        values = _upon(preset or base, values)
     overrides = dict(_split_setting(text) for text in settings)
     if "network.kind" in overrides:
         _start_another_network(values, {"kind": overrides["network.kind"]})
@@ -78,13 +76,15 @@ def preset_names() -> list[str]:
 
 
 def preset_values(name: object) -> dict[str, Any]:
-    """The fields that a preset sets."""
+    """The fields that a preset sets, with those of the preset that it starts from itself."""
     if name not in preset_names():
         raise UserError(
             f"There is no preset {name!r}{_nearest(str(name), preset_names())}; {_there_are(preset_names())}."
         )
     text = (resources.files("diffusion_core") / f"presets/{name}.yaml").read_text()
-    return _parsed(text, f"the preset {name}")
+    values = _parsed(text, f"the preset {name}")
+    base = values.pop("preset", None)
+    return _upon(base, values) if base else values
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -241,6 +241,13 @@ def _start_another_network(values: dict[str, Any], network: Any) -> None:
         return
     if "kind" in network and network["kind"] != before.get("kind", "unet"):
         del values["network"]
+
+
+def _upon(preset: object, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values that start from a preset."""
+    start = preset_values(preset)
+    _start_another_network(start, values.get("network"))
+    return _merged(start, values)
 
 
 def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

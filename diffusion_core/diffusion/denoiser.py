@@ -6,18 +6,26 @@ Conditioning, guidance and thresholding live here, so that samplers never see th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusion_core.config import UserError
-from diffusion_core.diffusion.config import GuidanceConfig, SamplerConfig, Threshold
+from diffusion_core.diffusion.config import GuidanceConfig, SamplerConfig
+from diffusion_core.diffusion.kinds import Threshold
 from diffusion_core.diffusion.process import GaussianProcess, Network
 from diffusion_core.diffusion.schedules import Time
 
 Classifier = Callable[[Tensor, Time], Tensor]
+
+
+class Estimate(NamedTuple):
+    """What is known of one step: x0_hat, and where a learned variance lies (see `GaussianProcess.split`) or None."""
+
+    x0_hat: Tensor
+    fraction: Tensor | None = None
 
 
 class Denoiser:
@@ -81,15 +89,19 @@ class Denoiser:
         Returns:
             (N, C, H, W) in the dtype of x_t, but at least float32; in [-1, 1] when thresholded.
         """
+        return self.estimate(x_t, t).x0_hat
+
+    def estimate(self, x_t: Tensor, t: Time) -> Estimate:
+        """As a call, with the learned variance if the process has one: guided predictions keep that of the label."""
         scale = self._scale_at(t, len(x_t), self.guidance.scale, 1.0)
-        output = self._output(*self.process.network_inputs(x_t, t), scale)
+        output, fraction = self._output(*self.process.network_inputs(x_t, t), scale)
         x0_hat = self.process.predict_x0(x_t, t, output.to(torch.promote_types(x_t.dtype, torch.float32)))
         x0_hat = self._classified(x_t, t, x0_hat)
         if self.threshold is Threshold.STATIC:
-            return x0_hat.clamp(-1.0, 1.0)
-        if self.threshold is Threshold.DYNAMIC:
-            return dynamic_threshold(x0_hat, self.threshold_quantile)
-        return x0_hat
+            x0_hat = x0_hat.clamp(-1.0, 1.0)
+        elif self.threshold is Threshold.DYNAMIC:
+            x0_hat = dynamic_threshold(x0_hat, self.threshold_quantile)
+        return Estimate(x0_hat, fraction)
 
     def _scale_at(self, t: Time, count: int, scale: float, neutral: float) -> float | Tensor:
         """A guidance scale at time t: neutral outside of the interval (Kynkäänniemi et al. 2024).
@@ -123,22 +135,24 @@ class Denoiser:
         gradient = label_gradient(self.classifier, x_t.to(x0_hat.dtype), t, self.cond["label"])
         return x0_hat + weight.reshape(-1, *(1,) * (x0_hat.ndim - 1)) * gradient
 
-    def _output(self, x: Tensor, t: Tensor, scale: float | Tensor) -> Tensor:
-        """The guided output u + s * (c - u), rescaled if wanted.
+    def _output(self, x: Tensor, t: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor | None]:
+        """The guided prediction u + s * (c - u), rescaled if wanted, and where c says that the variance lies.
 
         u is without the label (Ho & Salimans 2022, eq. 6, whose w is s - 1) or the guide's (autoguidance, Karras et al.
         2024). For a given x_t the noise, x0 and v are affine functions of each other, and the two weights add up to 1:
         without rescaling it makes no difference which of them is combined.
         """
         if isinstance(scale, float) and scale == 1.0:
-            return self.network(x, t, **self.cond)
+            return self.process.split(self.network(x, t, **self.cond))
         if isinstance(scale, float) and scale == 0.0:
-            return self._weaker(x, t)
-        better, weaker = self._both(x, t)
+            return self.process.split(self._weaker(x, t))
+        (better, fraction), (weaker, _) = map(self.process.split, self._both(x, t))
         if isinstance(scale, Tensor):
             scale = scale.to(better).reshape(-1, *(1,) * (better.ndim - 1))
         guided = weaker + scale * (better - weaker)
-        return rescale_guided(guided, better, self.guidance.rescale) if self.guidance.rescale else guided
+        if self.guidance.rescale:
+            guided = rescale_guided(guided, better, self.guidance.rescale)
+        return guided, fraction
 
     def _both(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """c and u in at least float32; of one network, they are one call with a doubled batch."""

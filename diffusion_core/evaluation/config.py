@@ -7,8 +7,9 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from diffusion_core.config import Config, execution
-from diffusion_core.diffusion.config import GuidanceConfig, SamplerConfig
+from diffusion_core.config import Config, UserError, execution, later
+from diffusion_core.diffusion.config import GuidanceConfig, ProcessConfig, SamplerConfig
+from diffusion_core.diffusion.kinds import Choice
 
 
 class Extractor(StrEnum):
@@ -50,6 +51,42 @@ class ClassifierConfig(Config):
     threads: int = Field(1, ge=1, le=256, description="CPU threads of training and of extraction.")
 
 
+class LikelihoodMethod(Choice):
+    """How the likelihood of held-out images is measured."""
+
+    BOUND = "bound", "the variational bound, one evaluation of the network a step; tight with all timesteps only"
+    EXACT = "exact", "exactly, by the probability-flow ODE: four evaluations with their gradient a step"
+
+
+class LikelihoodConfig(Config):
+    """Bits per dimension of held-out images."""
+
+    images: int = Field(0, ge=0, le=1_000_000, description="Held-out images whose likelihood is measured; 0: none.")
+    method: LikelihoodMethod = Field(
+        LikelihoodMethod.BOUND, description=f"How it is measured. {LikelihoodMethod.explained()}"
+    )
+    steps: int = Field(
+        100, ge=2, le=100_000, description="Steps of the method; the bound takes at most the timesteps of the process."
+    )
+    probes: int = Field(1, ge=1, le=1000, description="Exact only: random probes of each divergence.")
+
+    @model_validator(mode="after")
+    def _probes_are_of_the_exact_method(self) -> Self:
+        if self.probes != 1 and self.method is not LikelihoodMethod.EXACT:
+            raise ValueError("probes is for the method exact only: leave it at 1")
+        return self
+
+
+class InversionConfig(Config):
+    """How well held-out images come back out of the noise that the model finds for them (DDIM inversion)."""
+
+    images: int = Field(0, ge=0, le=1_000_000, description="Held-out images that are inverted; 0: none.")
+    steps: int = Field(50, ge=1, le=100_000, description="DDIM steps there, and back.")
+    iterations: int = Field(
+        1, ge=1, le=100, description="Evaluations of each step to the noise; more make the way back more exact."
+    )
+
+
 class EvaluationConfig(Config):
     """How a model bundle is measured against a dataset version."""
 
@@ -74,6 +111,12 @@ class EvaluationConfig(Config):
     sampler: SamplerConfig = Field(SamplerConfig(), description="Sampler that makes the samples.")
     guidance: GuidanceConfig = Field(GuidanceConfig(), description="Guidance of the samples.")
     batch_size: int = Field(64, ge=1, le=65_536, description="Images that one worker samples together.")
+    likelihood: LikelihoodConfig = later(
+        LikelihoodConfig(), description="Bits per dimension of held-out images, if wanted."
+    )
+    inversion: InversionConfig = later(
+        InversionConfig(), description="Difference between held-out images and their reconstructions, if wanted."
+    )
     neighbours: int = Field(
         3, ge=1, le=100, description="k of the k-nearest-neighbour manifold of precision and recall."
     )
@@ -93,6 +136,20 @@ class EvaluationConfig(Config):
                 "inception_weights is given but the extractor is classifier: choose the extractor inception"
             )
         return self
+
+
+def check_held_out_steps(field: str, config: EvaluationConfig, process: ProcessConfig) -> None:
+    """`UserError` if a figure of held-out images asks for more steps than the model's process has timesteps."""
+    likelihood, inversion = config.likelihood, config.inversion
+    asked = {
+        "likelihood": likelihood.steps if likelihood.images and likelihood.method is LikelihoodMethod.BOUND else 0,
+        "inversion": inversion.steps if inversion.images else 0,
+    }
+    for name, steps in asked.items():
+        if steps > process.timesteps:
+            raise UserError(
+                f"{field}.{name}.steps: {steps} is more than the {process.timesteps} timesteps of the model's process."
+            )
 
 
 class GateConfig(Config):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pydantic import Field, field_validator
 
 from diffusion_core.config import Config, execution
-from diffusion_core.diffusion.config import Choice, GuidanceConfig, SamplerConfig
+from diffusion_core.diffusion.config import GuidanceConfig, SamplerConfig
+from diffusion_core.diffusion.kinds import Choice
 
 MAX_IMAGE_ID = 2**62
 

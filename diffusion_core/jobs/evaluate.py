@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from diffusion_core.bundle import BundleConfig, bundle_digest, read_bundle_config
 from diffusion_core.config import UserError, digest, identity
 from diffusion_core.data.shards import ImageDataset, open_dataset
-from diffusion_core.evaluation.config import EvaluationConfig, EvaluationLabels
+from diffusion_core.evaluation.config import EvaluationConfig, EvaluationLabels, check_held_out_steps
 from diffusion_core.evaluation.identity import extractor_identity
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.jobs.guide import with_guides_found
@@ -84,6 +84,7 @@ def evaluate(
     dataset, bundle = open_dataset(dataset_uri), read_bundle_config(bundle_uri)
     samples = samples_of(config, dataset)
     check_comparable(bundle, dataset)
+    check_held_out_steps("evaluation", config, bundle.process)
     config = config.model_copy(update={"guidance": with_guides_found(config.guidance, store)})
     bundle_id, extractor = bundle_digest(bundle_uri), extractor_identity(config, dataset.version)
     guided = [f"{name} {bundle_digest(uri)}" for name, uri in config.guidance.models.items()]
@@ -106,7 +107,7 @@ def evaluate(
 
             generation = generation_of(config, bundle, dataset)
             images = generate(bundle_uri, generation, store, resources, stage="samples to evaluate").images
-            report = _measure(directory, images, dataset, config, samples)
+            report = _measure(directory, images, dataset, config, samples, bundle_uri)
             directory.create_json(REPORT, {**about, "image_set": images.uri, **report})
     return Evaluation(directory, directory.read_json(REPORT), reused)
 
@@ -171,7 +172,12 @@ def generation_of(config: EvaluationConfig, bundle: BundleConfig, dataset: Image
 
 
 def _measure(
-    directory: Directory, images: ImageSet, dataset: ImageDataset, config: EvaluationConfig, samples: int
+    directory: Directory,
+    images: ImageSet,
+    dataset: ImageDataset,
+    config: EvaluationConfig,
+    samples: int,
+    bundle_uri: str,
 ) -> dict[str, Any]:
     """Features and figures of both sides. Keeps the features, for later comparisons, and a picture."""
     from diffusion_core.evaluation.features import Features, Measurer
@@ -184,7 +190,7 @@ def _measure(
         directory.create(FEATURES, made.to_bytes())
     # Of two evaluations at once, both report what the first one stored.
     generated = Features.from_bytes(directory.read(FEATURES))
-    report = {
+    report: dict[str, Any] = {
         "samples": samples,
         "samples_note": f"N = min(evaluation.samples = {config.samples}, held-out images); the floor has the same N.",
         "reference": f"train split, {reference.statistics.count} images",
@@ -193,10 +199,32 @@ def _measure(
         "floor": figures(reference, reference.held_out, config),
         "accuracy_by_class": accuracy_by_class(generated, dataset.class_names),
     }
+    if config.likelihood.images or config.inversion.images:
+        _add_held_out_figures(report, bundle_uri, dataset, config)
     shown = min(samples, 64)
     directory.create(PICTURE, picture(report, dataset.read("test", limit=shown).images, images.read(0, shown)[0]))
     logger.info("evaluated %s", sentence(report))
     return report
+
+
+def _add_held_out_figures(
+    report: dict[str, Any], bundle_uri: str, dataset: ImageDataset, config: EvaluationConfig
+) -> None:
+    """Figures of the model on held-out images, and what `training.objective.importance` takes, where it is known."""
+    import torch
+
+    from diffusion_core.bundle import load_bundle
+    from diffusion_core.evaluation.inversion import inversion_error
+    from diffusion_core.evaluation.likelihood import held_out_likelihood
+
+    bundle = load_bundle(bundle_uri, "cuda" if torch.cuda.is_available() else "cpu")
+    if config.likelihood.images:
+        found = held_out_likelihood(bundle, dataset, config.likelihood, config.batch_size, config.seed)
+        report["figures"] |= {"bits_per_dim": found.bits_per_dim, "bits_per_dim_error": found.error}
+        if found.importance:
+            report["importance"] = found.importance
+    if config.inversion.images:
+        report["figures"]["inversion_rms"] = inversion_error(bundle, dataset, config.inversion, config.batch_size)
 
 
 def _blocks(images: ImageSet, samples: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:

@@ -20,6 +20,7 @@ from diffusion_core.jobs.evaluate import Evaluation, check_comparable, evaluate,
 from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.record import mlflow_run_of
 from diffusion_core.jobs.requests import RegisterRequest, RegisterResult
+from diffusion_core.jobs.turns import Waiting
 from diffusion_core.lease import Lease, acquire
 from diffusion_core.storage import Directory
 
@@ -49,7 +50,7 @@ def run(request: RegisterRequest) -> RegisterResult:
     check_comparable(read_bundle_config(request.bundle_uri), dataset)
     owner = {"model": request.model, "bundle_uri": request.bundle_uri}
     place = Directory(request.store) / f"gates/{request.model}"
-    with acquire(place, owner, on_wait=lambda held: logger.info("waiting for the gate of %s", held.owner)) as lease:
+    with acquire(place, owner, on_wait=Waiting(f"another job is at the gate of {request.model}")) as lease:
         version, created = _register(request)
         verdict, promoted_now = _gate(request, version, lease)
     logger.info("%s version %d: %s", request.model, version, verdict.reason)

@@ -80,7 +80,10 @@ def survives(work: Callable[..., Any], resources: Resources, *arguments: Any) ->
 def _pass(
     work: Callable[[dict[str, Any]], Any], rows: dict[int, dict[str, Any]], workers: int, options: dict[str, Any]
 ) -> Generator[tuple[int, Any]]:
-    """One Ray Data execution over rows by place; those whose process dies are simply not among the answers."""
+    """One Ray Data execution over rows by place; those whose process dies are simply not among the answers.
+
+    Answers travel as Ray carries arguments and results, pickled between processes of this job; nothing of it is stored.
+    """
     import ray
     from ray import cloudpickle
 

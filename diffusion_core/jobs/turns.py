@@ -19,13 +19,20 @@ def one_at_a_time(store: str, stage: str, work: str) -> Iterator[bool]:
     Work is named by an id of its result. It saves doing it twice and no more: a holder that was silent for a minute is
     followed while it may still live, so what is written inside must be created if absent.
     """
-    waited_for: list[int] = []
+    waiting = Waiting("another job is at the same work already")
+    with acquire(Directory(store) / f"leases/{stage}/{work}", {"kind": f"{stage} job"}, on_wait=waiting):
+        yield bool(waiting.holders)
 
-    def say(held: Held) -> None:
-        if held.number not in waited_for:
-            waited_for.append(held.number)
+
+class Waiting:
+    """What a job that waits for a lease tells: why, and for whom, once for each holder."""
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+        self.holders: set[int] = set()
+
+    def __call__(self, held: Held) -> None:
+        if held.number not in self.holders:
+            self.holders.add(held.number)
             who = f"process {held.owner.get('pid')} on {str(held.owner.get('host')).partition(' ')[0]}"
-            logger.warning("another job is at the same work already (%s); waiting for it", who)
-
-    with acquire(Directory(store) / f"leases/{stage}/{work}", {"kind": f"{stage} job"}, on_wait=say):
-        yield bool(waited_for)
+            logger.warning("%s (%s); waiting for it", self._why, who)

@@ -20,7 +20,8 @@ def build_network(
     Args:
         image_shape: (height, width, channels).
         num_classes: number of classes, 0 for an unconditional network.
-        out_channels: channels of the output, unless it is a classifier; default: those of the images.
+        out_channels: channels of the output, as `ProcessConfig.output_channels` tells, unless it is a classifier;
+            default: those of the images.
 
     Raises:
         UserError: if the network cannot take images of this size, or the number of classes is negative, or too small

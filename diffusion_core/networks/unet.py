@@ -101,7 +101,7 @@ class UNet(Encoder):
         channels: channels of the images.
         num_classes: number of classes, 0 for an unconditional network.
         size: the shorter side of the images in pixels, which tells at which level each attention resolution is.
-        out_channels: channels of the output; default: those of the images.
+        out_channels: channels of the output, as `ProcessConfig.output_channels` tells; default: those of the images.
 
     Attributes:
         null_label: the label that stands for "no label" (= num_classes).

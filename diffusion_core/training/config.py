@@ -8,7 +8,8 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from diffusion_core.config import Config, execution, later
-from diffusion_core.diffusion.config import Choice
+from diffusion_core.diffusion.kinds import Choice
+from diffusion_core.diffusion.objective_config import ObjectiveConfig
 
 
 class Precision(StrEnum):
@@ -30,7 +31,7 @@ class EmaKind(Choice):
 
 
 class TrainingConfig(Config):
-    """The objective's optimizer, its batches and its randomness (identity), and how long and how visibly to train."""
+    """The objective, its optimizer, its batches and its randomness (identity), and how long and visibly to train."""
 
     batch_size: int = Field(128, ge=1, le=1_048_576, description="Images of one optimizer step, over all workers.")
     microbatch_size: int = Field(
@@ -40,6 +41,7 @@ class TrainingConfig(Config):
         description="Images of one forward and backward pass. A batch is a fixed list of microbatches, dealt over the"
         " workers; the last one may be smaller.",
     )
+    objective: ObjectiveConfig = later(ObjectiveConfig(), description="The loss, its weights, and the times it is at.")
     learning_rate: float = Field(2e-4, gt=0, le=1, description="Learning rate of AdamW after the warm-up; constant.")
     betas: tuple[float, float] = Field((0.9, 0.999), description="Decay rates of AdamW's two moments, each in [0, 1).")
     weight_decay: float = Field(0.0, ge=0, le=10, description="Decoupled weight decay of AdamW.")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from diffusion_core.config import UserError
-from diffusion_core.diffusion import keyed_integers, make_process
+from diffusion_core.diffusion import Objective, keyed_integers, make_process
 from diffusion_core.networks import NoisyClassifierConfig, build_network
 from diffusion_core.training.batches import Microbatch
 from diffusion_core.training.checkpoint import Tensors
@@ -32,7 +32,7 @@ class Learner:
     """One process's copy of everything that an optimizer step changes.
 
     Args:
-        spec: network, process and optimizer.
+        spec: network, process, objective and optimizer.
         image_shape: (H, W, C) of the images.
         num_classes: classes of the dataset, 0 for none.
         world: the processes that learn together; all hold the same weights, the leader alone the moving average.
@@ -54,7 +54,9 @@ class Learner:
         self.config, self.world = spec.training, world
         self.process = make_process(spec.process)
         torch.manual_seed(self.config.seed)
-        network = build_network(spec.network, image_shape, num_classes)
+        self.objective = Objective(self.process, self.config.objective)
+        outputs = spec.process.output_channels(image_shape[2])
+        network = build_network(spec.network, image_shape, num_classes, outputs)
         if start is not None and world.leads and not images_seen:
             take_weights(network, start)
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
@@ -138,7 +140,7 @@ class Learner:
         with torch.autocast(self.world.device.type, torch.bfloat16) if halved else nullcontext():
             if self._classifies:
                 return self.process.classification_losses(self._model, *images, **cond)
-            return self.process.training_losses(self._model, *images, **cond)
+            return self.objective(self._model, *images, **cond)
 
     @torch.no_grad()
     def _clip(self) -> Tensor:

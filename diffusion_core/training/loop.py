@@ -15,7 +15,7 @@ from torch import Tensor
 from diffusion_core.bundle import BundleConfig, DatasetReference, save_bundle
 from diffusion_core.config import UserError
 from diffusion_core.data import ImageDataset, Loader, open_dataset
-from diffusion_core.diffusion import make_process
+from diffusion_core.diffusion import training_times
 from diffusion_core.networks.config import NoisyClassifierConfig
 from diffusion_core.training.batches import Batches
 from diffusion_core.training.checkpoint import Checkpoint, load_newest, prune_checkpoints, save_checkpoint
@@ -131,7 +131,8 @@ class _Loop:
         self.classifies = isinstance(spec.network, NoisyClassifierConfig)
         # A classifier is told every label, as it has to learn them.
         dealt = self.config.model_copy(update={"label_dropout": 0.0}) if self.classifies else self.config
-        self.batches = Batches(loader, dealt, world, self.num_classes, make_process(spec.process).schedule)
+        times = training_times(spec.process, self.config.objective)
+        self.batches = Batches(loader, dealt, world, self.num_classes, times)
         checkpoint = load_newest(run.checkpoints) if world.leads else None
         self.position = self._agree_on_start(checkpoint)
         parts = checkpoint.parts if checkpoint else None

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from diffusion_core.config import Config, UserError, digest, execution, identity
 from diffusion_core.diffusion.config import ProcessConfig
+from diffusion_core.diffusion.objective_config import ObjectiveConfig, check_objective
 from diffusion_core.networks.config import NetworkConfig, UNetConfig, check_image_size
 from diffusion_core.storage import Directory
 from diffusion_core.training.config import TrainingConfig
@@ -114,8 +115,8 @@ def open_run(store: Directory | str, spec: TrainSpec, init_uri: str | None = Non
         init_uri: the bundle that `training.init_from` was resolved to, if it is not a bundle URI itself.
 
     Raises:
-        UserError: no dataset version, no training images, images that the network cannot halve, or a bundle to start
-            from that does not fit.
+        UserError: no dataset version, no training images, images that the network cannot halve, an objective that
+            does not suit the process, or a bundle to start from that does not fit.
     """
     from diffusion_core.data import open_dataset
 
@@ -124,7 +125,7 @@ def open_run(store: Directory | str, spec: TrainSpec, init_uri: str | None = Non
         raise UserError(f"The dataset {dataset.uri} has no images in its split train.")
     height, width, _ = dataset.image_shape
     check_image_size(spec.network, height, width)
-    check_classes(spec.network, len(dataset.class_names))
+    check_task(spec.network, spec.training.objective, spec.process, len(dataset.class_names))
     source = init_uri or spec.training.init_from
     start = _starting_point(source, spec, dataset) if source else None
     parts = {"dataset": dataset.version, "start": start, "spec": identity(spec)}
@@ -135,11 +136,22 @@ def open_run(store: Directory | str, spec: TrainSpec, init_uri: str | None = Non
     return run
 
 
-def check_classes(network: NetworkConfig, num_classes: int) -> None:
-    """`UserError` if there is nothing for a classifier to tell apart."""
-    if network.kind == "classifier" and num_classes < 2:
+def check_task(network: NetworkConfig, objective: ObjectiveConfig, process: ProcessConfig, num_classes: int) -> None:
+    """The objective suits the process; a classifier has its own, the cross-entropy of the labels.
+
+    Raises:
+        UserError: naming what does not go together, or if there is nothing for a classifier to tell apart.
+    """
+    if network.kind != "classifier":
+        return check_objective("training.objective", objective, process)
+    if num_classes < 2:
         raise UserError(
             f"network.kind: classifier needs a dataset with two classes at least, and this has {num_classes}."
+        )
+    if objective != ObjectiveConfig():
+        raise UserError(
+            "training.objective is not for the network.kind classifier, which learns the labels by cross-entropy: "
+            "leave it out."
         )
 
 
@@ -166,6 +178,11 @@ def check_start(theirs: BundleConfig, network: NetworkConfig, process: ProcessCo
         raise UserError(
             f"training.init_from: that model predicts {theirs.process.prediction}, and this run would train it to "
             f"predict {process.prediction} (process.prediction)."
+        )
+    if theirs.process.output_channels(channels) != process.output_channels(channels):
+        raise UserError(
+            f"training.init_from: that model has the variance {theirs.process.variance}, and this run has "
+            f"{process.variance} (process.variance): both must be learned_range, or neither."
         )
     if theirs.image_shape[2] != channels:
         raise UserError(

@@ -36,6 +36,7 @@ class OnAFullDisk(ShardWorker):
             return super().make(shard)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_job_at_once_and_with_room_again_it_is_finished(ray_cluster, tmp_path, store):
     bundle = tiny_bundle(tmp_path / "bundle")
     config = GenerationConfig.model_validate(

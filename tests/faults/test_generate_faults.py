@@ -170,6 +170,7 @@ def test_a_process_that_dies_once_costs_nothing_but_time(session, store, bundle,
     assert files_of(done.images) == uninterrupted
 
 
+@pytest.mark.slow
 def test_shards_that_kill_their_process_end_alone_and_are_finished_by_the_next_run(
     session, store, bundle, uninterrupted
 ):

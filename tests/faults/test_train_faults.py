@@ -119,7 +119,8 @@ def test_the_job_is_killed_and_run_again(dataset, undisturbed, tmp_path, kill):
     assert run.attempts.exists("2.json") and not run.attempts.exists("3.json")
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_worker_costs_only_the_way_back(ray_cluster, dataset, undisturbed, tmp_path, rank):
     """Inside one attempt: the group starts again at the newest checkpoint."""
     store, spec = str(tmp_path / "store"), toy_spec(dataset, **LENGTH)

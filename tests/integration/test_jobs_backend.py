@@ -61,6 +61,7 @@ def shard_request(store: str) -> ShardRequest:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_job_on_the_cluster(jobs_api: None, store: str) -> None:
     events: list[ProgressEvent] = []

@@ -313,5 +313,8 @@ def test_a_classifier_is_no_model_of_images(store, model_uri, classifier_uri, tm
     unlabelled = toy_dataset(str(tmp_path), conditional=False)
     with pytest.raises(UserError, match=r"network\.kind: classifier needs a dataset with two classes"):
         open_run(str(tmp_path), toy_spec(unlabelled, TINY))
+    weighted = toy_spec(toy_dataset(str(tmp_path)), TINY, objective={"weighting": "min_snr"})
+    with pytest.raises(UserError, match=r"training\.objective is not for the network\.kind classifier"):
+        open_run(str(tmp_path), weighted)
     with pytest.raises(UserError, match="train it alone, with diffusion train"):
         preflight.check_pipeline(load_config("digits", settings=["network.kind=classifier", f"store={tmp_path}"]))

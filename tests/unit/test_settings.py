@@ -15,10 +15,11 @@ from flows.shortcuts import load
 
 
 def test_the_presets_are_there_and_whole():
-    assert preset_names() == ["cifar10", "digits", "fashion-mnist"]
+    assert {"cifar10", "digits", "fashion-mnist"} < set(preset_names())
     for name in preset_names():
         config = load_config(preset=name)
-        assert config.name == config.dataset.name == name
+        assert config.name == name
+        assert config.dataset.name == ("digits" if name.startswith("digits") else name)  # methods share a dataset
         assert config.dataset.size is not None
         check_image_size(config.network, *config.dataset.size)
         assert config.generation.first_image_id == 0  # so that a second run finds its images

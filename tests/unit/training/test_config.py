@@ -46,6 +46,7 @@ IDENTITY = {
     "threads": 2,
     "seed": 1,
     "horizontal_flip": True,
+    "objective": {"weighting": "min_snr"},
 }
 
 
