@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,7 +30,11 @@ def unpatchify(tokens: Tensor, size: int, grid: tuple[int, int]) -> Tensor:
 
 
 def grid_positions(grid: tuple[int, int], channels: int) -> Tensor:
-    """Sines and cosines of each patch's row and column (Vaswani et al. 2017, in two dimensions).
+    """Sines and cosines of each patch's row and column, of frequencies that fit the grid.
+
+    They rise evenly in the logarithm from a quarter of a wave over the whole side to half a wave a patch, the highest
+    that a grid can show (Jaegle et al. 2021, section 3.2). Of those of Vaswani et al. 2017, whose waves are up to
+    2 pi * 10,000 places long, most are constant over a grid: patches are hard to tell apart, and learning starts late.
 
     Args:
         grid: (rows, columns) of patches.
@@ -37,11 +43,10 @@ def grid_positions(grid: tuple[int, int], channels: int) -> Tensor:
     Returns:
         (rows * columns, channels) float32.
     """
-    quarter = channels // 4
-    rates = 10_000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+    lower = torch.linspace(1, 0, channels // 4, dtype=torch.float64)
 
     def waves(count: int) -> Tensor:
-        angles = torch.arange(count, dtype=torch.float64)[:, None] * rates
+        angles = torch.arange(count, dtype=torch.float64)[:, None] * (math.pi * (2 * count) ** -lower)
         return torch.cat((angles.sin(), angles.cos()), dim=1)
 
     rows, columns = waves(grid[0])[:, None], waves(grid[1])[None]
@@ -181,13 +186,13 @@ class DiT(nn.Module):
         return embedding + self.class_embedding(label)
 
     def _initialise(self) -> None:
-        """Uniform weights by Glorot & Bengio 2010, small embeddings, and zeros where adaLN-zero wants them."""
+        """Uniform weights by Glorot & Bengio 2010, and zeros where adaLN-zero wants them.
+
+        Classes keep torch's unit variance, and time is of the same order. From a standard deviation of 0.02, as Peebles
+        & Xie have both, the modulation, which is zero at first and sees nothing else, learns many times more slowly.
+        """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and "modulation" not in name:
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for layer in (self.time_embedding.linear_1, self.time_embedding.linear_2):
-            nn.init.normal_(layer.weight, std=0.02)
-        if self.class_embedding is not None:
-            nn.init.normal_(self.class_embedding.weight, std=0.02)
         zeroed(self.out)

@@ -70,8 +70,8 @@ def test_unpatchify_is_the_inverse(n: int, c: int, size: int, rows: int, columns
     assert torch.equal(unpatchify(patchify(x, size), size, (rows, columns)), x)
 
 
-def test_positions_are_the_published_waves() -> None:
-    """Vaswani et al. 2017, section 3.5, for rows in the first half of the channels and columns in the second."""
+def test_positions_are_waves_from_a_quarter_over_the_side_to_half_a_patch() -> None:
+    """Rows in the first half of the channels and columns in the second."""
     rows, columns, channels = 3, 5, 16
     got = grid_positions((rows, columns), channels)
     assert got.shape == (15, 16) and got.dtype == torch.float32
@@ -79,10 +79,32 @@ def test_positions_are_the_published_waves() -> None:
     for row in range(rows):
         for column in range(columns):
             expected = []
-            for place in (row, column):
-                angles = [place / 10_000 ** (2 * i / (channels / 2)) for i in range(quarter)]
+            for place, count in ((row, rows), (column, columns)):
+                lowest = 2 * math.pi / (4 * count)
+                angles = [place * lowest * (math.pi / lowest) ** (i / (quarter - 1)) for i in range(quarter)]
                 expected += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
-            np.testing.assert_allclose(got[row * columns + column].numpy(), expected, rtol=1e-6, atol=1e-7)
+            np.testing.assert_allclose(got[row * columns + column].numpy(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", [2, 4, 16])
+def test_positions_tell_patches_apart(side: int) -> None:
+    """Also with the fewest channels; and with more, most of a position is its own and not common to all."""
+    assert torch.pdist(grid_positions((side, side), 4)).min() > 0.05
+    for channels in (32, 96, 384):
+        positions = grid_positions((side, side), channels)
+        own = positions - positions.mean(dim=0)
+        assert own.square().mean() > 0.5 * positions.square().mean()
+
+
+def test_time_and_class_are_heard_from_the_start() -> None:
+    """The modulation starts at zero and learns in proportion to them."""
+    torch.manual_seed(0)
+    for width in (32, 96, 384):
+        network = build_network(DiTConfig(width=width, head_channels=32, depth=1), (8, 8, 1), 10)
+        assert isinstance(network, DiT) and network.class_embedding is not None
+        t = torch.linspace(0, 999, 50)
+        assert 0.2 < network.time_embedding(t).std(dim=0).mean() < 2.0
+        assert 0.2 < network.class_embedding.weight.std(dim=0).mean() < 2.0
 
 
 def test_the_output_starts_at_zero_and_each_block_as_the_identity() -> None:
