@@ -74,7 +74,7 @@ class SamplerKind(Choice):
     """How an image is made out of noise."""
 
     DDPM = "ddpm", "ancestral sampling, noise at every step but the last; best with many steps (Ho et al. 2020)"
-    DDIM = "ddim", "deterministic at eta = 0, good from about 20 steps on (Song et al. 2021)"
+    DDIM = "ddim", "deterministic at eta = 0, good from about 20 steps on (Song, Meng & Ermon 2020)"
     EULER = "euler", "first order on the probability-flow ODE, with churn if wanted (Karras et al. 2022)"
     HEUN = "heun", "second order, two evaluations a step, with churn if wanted (Karras et al. 2022)"
     DPMPP_2M = "dpmpp_2m", "DPM-Solver++ of second order, good from about 15 steps on (Lu et al. 2022)"

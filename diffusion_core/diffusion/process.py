@@ -137,7 +137,7 @@ class GaussianProcess:
         return self.target(x0, t, epsilon, Prediction.V)
 
     def score(self, x_t: Tensor, t: Time, output: Tensor, prediction: Prediction | str | None = None) -> Tensor:
-        """grad log q(x_t) = -epsilon / sigma(t) (Song et al. 2021) from an output, read as `prediction`."""
+        """grad log q(x_t) = -epsilon / sigma(t) (Song et al. 2021, what their eq. 7 is least at) from an output."""
         epsilon = self.predict_epsilon(x_t, t, output, prediction)
         return -epsilon / self._gather(x_t, t)[2]
 

@@ -28,7 +28,7 @@ def unpatchify(tokens: Tensor, size: int, grid: tuple[int, int]) -> Tensor:
 
 
 def grid_positions(grid: tuple[int, int], channels: int) -> Tensor:
-    """Sines and cosines of each patch's row and column (Vaswani et al. 2017, in two dimensions).
+    """Sines and cosines of each patch's row and column (Vaswani et al. 2017, section 3.5, in two dimensions).
 
     Args:
         grid: (rows, columns) of patches.
@@ -82,7 +82,10 @@ class TokenAttention(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """Attention and an MLP, each between a modulated normalisation and a gate that starts at zero."""
+    """Attention and an MLP, each between a modulated normalisation and a gate that starts at zero.
+
+    Peebles & Xie 2023, section 3.2 and figure 3, "DiT block with adaLN-Zero".
+    """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
