@@ -44,7 +44,10 @@ class GroupNorm(nn.GroupNorm):
 
 
 class TimestepEmbedding(nn.Module):
-    """Sines and cosines of t (Vaswani et al. 2017, section 3.5), then two linear layers; t is (N,), real, of any dtype."""
+    """Sines and cosines of t (Vaswani et al. 2017, section 3.5), then two linear layers.
+
+    t is (N,), real, of any dtype.
+    """
 
     def __init__(self, frequencies: int, channels: int) -> None:
         super().__init__()
