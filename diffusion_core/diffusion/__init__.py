@@ -17,6 +17,8 @@ The papers whose equations are named, by number as in their arXiv versions:
     Lipman et al. 2023            2210.02747    Choi et al. 2022           2204.00227
     Liu et al. 2023               2209.03003    Grathwohl et al. 2019      1810.01367
     Esser et al. 2024             2403.03206    Pan et al. 2023            2309.04907
+    Rombach et al. 2022           2112.10752    Xu et al. 2022             2203.02923
+    Peebles & Xie 2023            2212.09748    Theis et al. 2016          1511.01844
 """
 
 from __future__ import annotations

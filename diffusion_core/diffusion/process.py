@@ -79,6 +79,7 @@ class GaussianProcess:
 
         At s = t_clean the variance is 0. Its logarithm is then replaced by that of the step before, from
         t+1 to t, as in the code of Ho et al.: it only ever meets a bound that is computed as if it were that small.
+        From t_max in one step there is none before, and it is minus infinity.
         """
         return self._step(x0, x_t, t, s, Variance.FIXED_SMALL)
 
@@ -212,7 +213,7 @@ class GaussianProcess:
     def _floored(self, variance: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """The variance with its zeros (at s = t_clean) replaced by that of the step from t + (t - s) to t."""
         before = self.schedule.transition(t, torch.clamp(2 * t - s, max=self.schedule.t_max)).posterior_variance
-        return torch.where(s == self.schedule.t_clean, before, variance)
+        return torch.where((s == self.schedule.t_clean) & (before > 0), before, variance)
 
     def _gather(self, x: Tensor, t: Time) -> tuple[Tensor, Tensor, Tensor]:
         """x in at least float32, and alpha(t) and sigma(t) in its dtype, shaped to multiply it."""

@@ -229,6 +229,19 @@ def test_hybrid_trains_the_mean_by_the_simple_loss_and_the_variance_by_the_bound
     torch.testing.assert_close(bound, 1000 * step_bits(process, x0, x_t, t, x0_hat, (output[:, 2:] + 1) / 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loss", ["simple", "hybrid", "vlb"])
+def test_losses_of_half_precision_outputs_are_computed_in_float32(loss: str, dtype: torch.dtype) -> None:
+    process = GaussianProcess(make_schedule("cosine"), "v", "fixed_small" if loss == "simple" else "learned_range")
+    x0, z, t = pixels().float(), noise().float(), torch.tensor([0, 1, 30, 300, 700, 999])
+    output = torch.cat((noise(6, 7), noise(6, 8)), dim=1)[:, : 2 if loss == "simple" else 4].to(dtype)
+    got, exact = (
+        Objective(process, objective(loss=loss))(lambda x, t, /, o=o: o, x0, t, z) for o in (output, output.float())
+    )
+    assert got.dtype == torch.float32
+    assert torch.equal(got, exact)
+
+
 @quick
 @given(table=st.lists(st.floats(0.01, 100), min_size=2, max_size=20), timesteps=st.integers(20, 300))
 def test_importance_keeps_the_mean_of_the_loss(table: list[float], timesteps: int) -> None:
