@@ -14,6 +14,7 @@ from diffusion_core.diffusion import (
     Denoiser,
     DiscreteSchedule,
     GaussianProcess,
+    GuidanceConfig,
     Objective,
     ObjectiveConfig,
     ProcessConfig,
@@ -239,3 +240,28 @@ def test_min_snr_weights(kind: str, prediction: str, plus: int) -> None:
         GaussianProcess(schedule, prediction), ObjectiveConfig.model_validate({"weighting": "min_snr"})
     )
     torch.testing.assert_close(objective.weight(t), snr.clamp(max=5.0) / (snr + plus), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0, 7.5])
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_guidance(scale: float, rescale: float) -> None:
+    """Away from a weaker model; eq. 6 of Ho & Salimans 2022 is the peer's original formulation, with their w = s - 1."""
+    guiders = pytest.importorskip("diffusers.guiders")
+    x_t, t, label = start(), 400, torch.tensor([0, 1, 1])
+
+    def better(x: Tensor, t: Tensor, /, label: Tensor) -> Tensor:
+        return torch.tanh(x + label[:, None, None, None])
+
+    def weaker(x: Tensor, t: Tensor, /) -> Tensor:
+        return 0.6 * torch.tanh(x)
+
+    process = GaussianProcess(make_schedule("cosine"), "x0")
+    guidance = GuidanceConfig(scale=scale, rescale=rescale)
+    ours = Denoiser(process, better, {"label": label}, guidance, guide=weaker)(x_t, t)
+    outputs = better(x_t, torch.tensor(t), label), weaker(x_t, torch.tensor(t))
+    plain = guiders.ClassifierFreeGuidance(guidance_scale=scale, guidance_rescale=rescale)
+    original = guiders.ClassifierFreeGuidance(
+        guidance_scale=scale - 1.0, guidance_rescale=rescale, use_original_formulation=True
+    )
+    for guider in (plain, original):
+        torch.testing.assert_close(ours, guider.forward(*outputs).pred, **EXACT)
