@@ -245,7 +245,7 @@ def test_min_snr_weights(kind: str, prediction: str, plus: int) -> None:
 @pytest.mark.parametrize("scale", [0.5, 2.0, 7.5])
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
 def test_guidance(scale: float, rescale: float) -> None:
-    """Away from a weaker model; eq. 6 of Ho & Salimans 2022 is the peer's original formulation, with their w = s - 1."""
+    """Away from a weaker model; the peer's original formulation is eq. 6 of Ho & Salimans 2022: their w is s - 1."""
     guiders = pytest.importorskip("diffusers.guiders")
     x_t, t, label = start(), 400, torch.tensor([0, 1, 1])
 
