@@ -5,11 +5,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusion_core.diffusion import NoiseSchedule
+from diffusion_core.diffusion import NoiseSchedule, SamplerKind
+
+_VARIANTS: dict[SamplerKind, tuple[dict[str, Any], ...]] = {
+    SamplerKind.DDPM: ({"variance": "fixed_large"},),
+    SamplerKind.DDIM: ({"eta": 0.5}, {"eta": 1.0}),
+    SamplerKind.EULER: ({"churn": 5.0},),
+    SamplerKind.HEUN: ({"churn": 5.0},),
+    SamplerKind.UNIPC: ({"order": 1}, {"order": 3}),
+    SamplerKind.PREDICTOR_CORRECTOR: ({"corrector_steps": 2, "corrector_snr": 0.1},),
+}
+# Every sampler with its defaults, a new one too, and those that have options with other ones: (kind, options).
+EVERY_SAMPLER = [(kind.value, options) for kind in SamplerKind for options in ({}, *_VARIANTS.get(kind, ()))]
 
 
 @dataclass(frozen=True)

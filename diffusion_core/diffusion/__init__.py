@@ -3,6 +3,22 @@
 One abstraction carries everything: a schedule gives x_t = alpha(t) * x0 + sigma(t) * epsilon, a denoiser gives an
 estimate of x0 from (x_t, t), and a sampler sees nothing but these two. Names are imported on first use, so that a
 configuration can be validated without loading torch.
+
+The papers whose equations are named, by number as in their arXiv versions:
+
+    Ho et al. 2020                2006.11239    Lu et al. 2022             2211.01095 (DPM-Solver: 2206.00927)
+    Nichol & Dhariwal 2021        2102.09672    Zhao et al. 2023           2302.04867
+    Song, Meng & Ermon 2020       2010.02502    Ho & Salimans 2022         2207.12598
+    Song et al. 2021              2011.13456    Saharia et al. 2022        2205.11487
+    Dhariwal & Nichol 2021        2105.05233    Lin et al. 2024            2305.08891
+    Kingma et al. 2021            2107.00630    Kynkäänniemi et al. 2024   2404.07724
+    Salimans & Ho 2022            2202.00512    Karras et al. 2024         2406.02507 (averages: 2312.02696)
+    Karras et al. 2022            2206.00364    Hang et al. 2023           2303.09556
+    Lipman et al. 2023            2210.02747    Choi et al. 2022           2204.00227
+    Liu et al. 2023               2209.03003    Grathwohl et al. 2019      1810.01367
+    Esser et al. 2024             2403.03206    Pan et al. 2023            2309.04907
+    Rombach et al. 2022           2112.10752    Xu et al. 2022             2203.02923
+    Peebles & Xie 2023            2212.09748    Theis et al. 2016          1511.01844
 """
 
 from __future__ import annotations

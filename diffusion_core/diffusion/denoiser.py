@@ -204,7 +204,9 @@ def rescale_guided(guided: Tensor, conditional: Tensor, share: float) -> Tensor:
 
 
 def dynamic_threshold(x0: Tensor, quantile: float) -> Tensor:
-    """x0 clamped to [-s, s] and divided by s, with s a quantile of |x0| of each image (Saharia et al. 2022, 2.3).
+    """x0 clamped to [-s, s] and divided by s, with s a quantile of |x0| of each image.
+
+    Saharia et al. 2022, section 2.3.
 
     Args:
         x0: (N, ...).

@@ -122,7 +122,7 @@ class SamplerKind(Choice):
         "ancestral sampling, noise at every step but the last; best with many steps (Ho et al. 2020)",
         "ancestral.AncestralSampler",
     )
-    DDIM = "ddim", "deterministic at eta = 0, good from about 20 steps on (Song et al. 2021)", "ddim.DDIMSampler"
+    DDIM = "ddim", "deterministic at eta = 0, good from about 20 steps on (Song, Meng & Ermon 2020)", "ddim.DDIMSampler"
     EULER = (
         "euler",
         "first order on the probability-flow ODE, with churn if wanted (Karras et al. 2022)",

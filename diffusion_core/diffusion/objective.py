@@ -67,7 +67,7 @@ class Objective:
             losses = simple_loss(prediction, self.process.target(x0, t, noise))
             if self.config.weighting is not Weighting.NONE:
                 losses = losses * self.weight(t).to(losses)
-        if self.config.loss is LossKind.HYBRID:  # the mean is learned from the simple loss alone (section 3.1)
+        if self.config.loss is LossKind.HYBRID:  # eq. 16 of Nichol & Dhariwal 2021, whose mean learns from `simple`
             losses = losses + self.config.bound_weight * self._bound(x0, x_t, t, prediction.detach(), fraction)
         return losses if self._importance is None else losses * self._importance.to(t.device)[t].to(losses)
 

@@ -80,6 +80,7 @@ class GaussianProcess:
 
         At s = t_clean the variance is 0. Its logarithm is then replaced by that of the step before, from
         t+1 to t, as in the code of Ho et al.: it only ever meets a bound that is computed as if it were that small.
+        From t_max in one step there is none before, and it is minus infinity.
         """
         return self._step(x0, x_t, t, s, Variance.FIXED_SMALL)
 
@@ -138,7 +139,7 @@ class GaussianProcess:
         return self.target(x0, t, epsilon, Prediction.V)
 
     def score(self, x_t: Tensor, t: Time, output: Tensor, prediction: Prediction | str | None = None) -> Tensor:
-        """grad log q(x_t) = -epsilon / sigma(t) (Song et al. 2021) from an output, read as `prediction`."""
+        """grad log q(x_t) = -epsilon / sigma(t) (Song et al. 2021, what their eq. 7 is least at) from an output."""
         epsilon = self.predict_epsilon(x_t, t, output, prediction)
         return -epsilon / self._gather(x_t, t)[2]
 
@@ -213,7 +214,7 @@ class GaussianProcess:
     def _floored(self, variance: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """The variance with its zeros (at s = t_clean) replaced by that of the step from t + (t - s) to t."""
         before = self.schedule.transition(t, torch.clamp(2 * t - s, max=self.schedule.t_max)).posterior_variance
-        return torch.where(s == self.schedule.t_clean, before, variance)
+        return torch.where((s == self.schedule.t_clean) & (before > 0), before, variance)
 
     def _gather(self, x: Tensor, t: Time) -> tuple[Tensor, Tensor, Tensor]:
         """x in at least float32, and alpha(t) and sigma(t) in its dtype, shaped to multiply it."""

@@ -44,7 +44,10 @@ class GroupNorm(nn.GroupNorm):
 
 
 class TimestepEmbedding(nn.Module):
-    """Sines and cosines of t (Vaswani et al. 2017) through two linear layers; t is (N,), real, of any dtype."""
+    """Sines and cosines of t (Vaswani et al. 2017, section 3.5), then two linear layers.
+
+    t is (N,), real, of any dtype.
+    """
 
     def __init__(self, frequencies: int, channels: int) -> None:
         super().__init__()
@@ -61,7 +64,10 @@ class TimestepEmbedding(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions; the embedding scales and shifts the features between them (Dhariwal & Nichol 2021, "AdaGN")."""
+    """Two convolutions; the embedding scales and shifts the features between them (AdaGN).
+
+    Dhariwal & Nichol 2021, section 3.1.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, embedding: int, dropout: float) -> None:
         super().__init__()

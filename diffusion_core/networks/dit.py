@@ -33,8 +33,9 @@ def grid_positions(grid: tuple[int, int], channels: int) -> Tensor:
     """Sines and cosines of each patch's row and column, of frequencies that fit the grid.
 
     They rise evenly in the logarithm from a quarter of a wave over the whole side to half a wave a patch, the highest
-    that a grid can show (Jaegle et al. 2021, section 3.2). Of those of Vaswani et al. 2017, whose waves are up to
-    2 pi * 10,000 places long, most are constant over a grid: patches are hard to tell apart, and learning starts late.
+    that a grid can show (Jaegle et al. 2021, arXiv:2103.03206, section 3.2). Of those of Vaswani et al. 2017, section
+    3.5, whose waves are up to 2 pi * 10,000 places long, most are constant over a grid: patches are hard to tell apart,
+    and learning starts late.
 
     Args:
         grid: (rows, columns) of patches.
@@ -87,7 +88,10 @@ class TokenAttention(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """Attention and an MLP, each between a modulated normalisation and a gate that starts at zero."""
+    """Attention and an MLP, each between a modulated normalisation and a gate that starts at zero.
+
+    Peebles & Xie 2023, section 3.2 and figure 3, "DiT block with adaLN-Zero".
+    """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()

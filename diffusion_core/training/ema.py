@@ -18,7 +18,7 @@ class Ema:
     average alone: the decay follows from the images seen. It is
 
     * 0.5 ** (batch_size / half-life), with a half-life of at most `ema_rampup_ratio` times the images seen, so that the
-      random start is forgotten early (Karras et al. 2022, appendix F.2), or
+      random start is forgotten early (Karras et al. 2022, appendix F.3), or
     * with `sigma_rel`, that of a power function which is this wide (Karras et al. 2024, see `profiles`).
 
     Attributes:

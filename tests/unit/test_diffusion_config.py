@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -32,6 +34,16 @@ def test_configurations_are_validated_without_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_paper_that_is_cited_is_listed_with_its_number() -> None:
+    """So that an equation is found by its number, whoever else published in that year."""
+    paper = r"[A-Z][\w-]+(?:, Meng)? (?:et al\.|& [A-Z]\w+) \d{4}"
+    listed = set(re.findall(rf"({paper}) +\d{{4}}\.\d{{5}}", room.__doc__ or ""))
+    assert len(listed) > 20
+    sources = " ".join(path.read_text() for path in Path(room.__file__ or "").parent.rglob("*.py"))
+    cited = set(re.findall(paper, re.sub(r"\s+", " ", sources)))
+    assert cited - {"Salmon et al. 2011"} == listed  # which is cited with its title
 
 
 def test_every_public_name_is_there() -> None:

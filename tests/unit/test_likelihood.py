@@ -104,7 +104,7 @@ def test_hutchinsons_estimate_is_right_on_average_with_either_probe_and_better_w
     truth = float(torch.distributions.MultivariateNormal(torch.zeros(3).double(), blurred).log_prob(x0.flatten()))
     spread = {}
     for probe, probes in (("rademacher", 1), ("normal", 1), ("rademacher", 4)):
-        found = log_likelihood(
+        likelihood = log_likelihood(
             schedule,
             Correlated(schedule),
             x0.expand(n, 1, 1, 3),
@@ -112,8 +112,14 @@ def test_hutchinsons_estimate_is_right_on_average_with_either_probe_and_better_w
             steps=20,
             probes=probes,
             probe=probe,  # type: ignore[arg-type]
-        ).log_density
+        )
+        found, error = likelihood.log_density, likelihood.standard_error
         spread[probe, probes] = float(found.std())
+        if probes == 1:
+            assert bool(error.isnan().all()), "one probe does not tell how far it may be off"
+        else:
+            told = float(error.square().mean().sqrt())
+            assert told == pytest.approx(float(likelihood.bits_per_dim.std()), rel=0.1)
         assert float(found.mean()) == pytest.approx(truth, abs=4 * float(found.std()) / math.sqrt(n) + 1e-3)
     assert spread["rademacher", 1] < spread["normal", 1]
     assert spread["rademacher", 4] == pytest.approx(spread["rademacher", 1] / 2, rel=0.1)

@@ -158,11 +158,3 @@ def test_forward_process_and_velocity(kind: str) -> None:
     process, x0, noise, t = GaussianProcess(schedule, "v"), start(), start().flip(0), torch.tensor([0, 321, 999])
     torch.testing.assert_close(process.q_sample(x0, t, noise), scheduler.add_noise(x0, noise, t), **EXACT)
     torch.testing.assert_close(process.target(x0, t, noise), scheduler.get_velocity(x0, noise, t), **EXACT)
-
-
-@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
-@pytest.mark.parametrize("steps", [10, 50, 1000])
-def test_timestep_spacings(spacing: str, steps: int) -> None:
-    scheduler = diffusers.DDPMScheduler(timestep_spacing=spacing)
-    scheduler.set_timesteps(steps)
-    assert make_sampler("ddpm", make_schedule("linear"), steps, spacing=spacing).times == scheduler.timesteps.tolist()

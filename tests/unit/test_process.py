@@ -118,6 +118,34 @@ def test_the_first_posterior_variance_is_zero_and_its_log_that_of_the_next() -> 
     torch.testing.assert_close(got.mean[0], x[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["cosine", "vp", "ve", "edm", "flow"])
+def test_one_step_for_all_has_no_step_before(kind: str) -> None:
+    schedule = make_schedule(kind)
+    got = GaussianProcess(schedule, "x0").posterior(images(2), images(2), schedule.t_max, schedule.t_clean)
+    assert float(got.variance) == 0.0
+    assert float(got.log_variance) == -math.inf
+    torch.testing.assert_close(got.mean, images(2), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("kind", ["cosine", "flow", "edm"])
+def test_half_precision_outputs_are_read_in_float32(kind: str, prediction: str, dtype: torch.dtype) -> None:
+    """Only their own rounding counts: as if the same numbers had come in float32."""
+    schedule = make_schedule(kind)
+    if schedule.ends_in_pure_noise and prediction == "epsilon":
+        return
+    process, x_t, output = GaussianProcess(schedule, prediction), images().to(dtype), images(seed=1).to(dtype)
+    t = schedule.training_times(torch.tensor([0.1, 0.4, 0.7, 0.9], dtype=torch.float64))
+    for read in (process.predict_x0, process.predict_epsilon, process.predict_v, process.score):
+        got = read(x_t, t, output)
+        assert got.dtype == torch.float32
+        assert torch.equal(got, read(x_t.float(), t, output.float()))
+    target = process.target(x_t, t, output)
+    assert target.dtype == torch.float32
+    assert torch.equal(target, process.target(x_t.float(), t, output.float()))
+
+
 def test_fixed_large_is_beta() -> None:
     schedule = make_schedule("linear")
     assert isinstance(schedule, DiscreteSchedule)

@@ -222,32 +222,6 @@ def test_deterministic_ddim_needs_no_noise_and_others_say_so() -> None:
         make_sampler("ddpm", schedule, 5).sample(GaussianDenoiser(schedule), start())
 
 
-@quick
-@given(
-    kind=st.sampled_from(list(SamplerKind)),
-    steps=st.integers(1, 12),
-    cut=st.integers(1, 5),
-    spacing=st.sampled_from(list(Spacing)),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
-)
-def test_splitting_a_batch_changes_nothing(
-    kind: SamplerKind, steps: int, cut: int, spacing: Spacing, dtype: torch.dtype
-) -> None:
-    schedule, ids = make_schedule("cosine", 40), torch.tensor([5, 900, 2, 31, 2**40, 77])
-    options = {"eta": 0.7} if kind is SamplerKind.DDIM else {}
-    sampler = make_sampler(kind, schedule, steps, spacing=spacing, **options)
-
-    def images(ids: Tensor) -> Tensor:
-        noise = KeyedNoise(3, ids)
-        return sampler.sample(GaussianDenoiser(schedule), noise.initial((1, 3, 3), dtype=dtype), noise)
-
-    whole = images(ids)
-    assert whole.dtype == dtype
-    assert bool(torch.isfinite(whole).all())
-    assert torch.equal(whole, torch.cat((images(ids[:cut]), images(ids[cut:]))))
-    assert torch.equal(images(ids.flip(0)), whole.flip(0))
-
-
 @pytest.mark.parametrize("kind", list(SamplerKind))
 def test_a_network_and_labels_and_guidance_and_all(kind: SamplerKind) -> None:
     """From noise to pixels through a real network; half of the batch gives the same half."""

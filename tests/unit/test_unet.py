@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import pytest
 import torch
@@ -14,7 +15,15 @@ from torch import Tensor
 
 from diffusion_core.config import UserError
 from diffusion_core.diffusion import GaussianProcess, make_schedule
-from diffusion_core.networks import UNet, UNetConfig, build_network, check_image_size
+from diffusion_core.networks import (
+    DiTConfig,
+    NetworkConfig,
+    NoisyClassifierConfig,
+    UNet,
+    UNetConfig,
+    build_network,
+    check_image_size,
+)
 from diffusion_core.networks.blocks import (
     GroupNorm,
     ResidualBlock,
@@ -24,9 +33,10 @@ from diffusion_core.networks.blocks import (
 )
 
 TINY = UNetConfig(base_channels=8, channel_multipliers=(1, 2), blocks_per_level=1)
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 
-def awake(network: UNet) -> UNet:
+def awake(network: Module) -> Module:
     """The network with its zero-initialised layers filled, as after some training."""
     torch.manual_seed(1)
     for parameter in network.parameters():
@@ -266,6 +276,25 @@ def test_channels_last_and_autocast_agree_with_float32() -> None:
         half = last(x, t, label)
     assert half.dtype == torch.bfloat16
     assert float((half.float() - expected).norm() / expected.norm()) < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["unet", "dit", "classifier"])
+def test_every_network_works_in_every_floating_dtype(kind: str, dtype: torch.dtype) -> None:
+    config: NetworkConfig = {
+        "unet": UNetConfig(base_channels=8, channel_multipliers=(1, 2), attention_resolutions=(4,)),
+        "dit": DiTConfig(width=32, depth=2, head_channels=16),
+        "classifier": NoisyClassifierConfig(base_channels=8, channel_multipliers=(1, 2)),
+    }[kind]
+    torch.manual_seed(0)
+    network = awake(build_network(config, (8, 8, 1), 3)).requires_grad_(False)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 999])
+    label = () if kind == "classifier" else (torch.tensor([0, 3]),)
+    expected = network(x, t, *label)
+    got = network.to(dtype)(x.to(dtype), t, *label)
+    assert got.dtype == dtype
+    share = {torch.float64: 1e-5, torch.float16: 0.01, torch.bfloat16: 0.05}[dtype]
+    assert float((got.double() - expected.double()).norm()) < share * float(expected.norm())
 
 
 def test_dropout_only_in_training() -> None:

@@ -19,9 +19,9 @@ class AncestralSampler(Sampler):
     """DDPM on any list of times: the step from t to s uses q(x_s | x_t, x0_hat), as if these were all the timesteps.
 
     Args:
-        variance: fixed_small, the posterior's (eq. 7), fixed_large, that of the forward step from s to t, or
-            learned_range, between the two where the network says. All are those of the visited times, so that they fit
-            a few steps as well as all (Nichol & Dhariwal 2021, section 4).
+        variance: fixed_small, the posterior's (eq. 7), fixed_large, that of the forward step from s to t (both in
+            section 3.2), or learned_range, between the two where the network says. All are those of the visited times,
+            so that they fit a few steps as well as all (Nichol & Dhariwal 2021, eq. 19).
         grid: which times are visited, as in `Sampler`.
     """
 

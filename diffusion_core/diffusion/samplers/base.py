@@ -188,7 +188,8 @@ class Sampler(ABC):
             callback: called after every step.
 
         Returns:
-            (N, C, H, W) in the dtype of x_T: the denoiser's estimate of the last step, so in [-1, 1] if it thresholds.
+            (N, C, H, W) in the dtype of x_T, but at least float32: the denoiser's estimate of the last step, so in
+            [-1, 1] if it thresholds.
         """
         x = x_T
         for step in self.trajectory(denoiser, x_T, noise):
@@ -201,6 +202,7 @@ class Sampler(ABC):
     def trajectory(self, denoiser: Denoise, x_T: Tensor, noise: Noise | None = None) -> Iterator[Step]:
         """The steps of `sample` one by one, each computed when it is asked for; the last one's x_s is its result."""
         scale = self.schedule.prior_scale(self.times[0])
+        x_T = x_T if x_T.dtype.itemsize >= 4 else x_T.float()  # half precision would round the last steps away
         x, past = (x_T if scale == 1.0 else scale * x_T), deque[Move](maxlen=self.memory)
         for index, interval in enumerate(self.intervals):
             move = Move(index, len(self.intervals), interval, x, denoiser, noise, list(past))

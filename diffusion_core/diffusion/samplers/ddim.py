@@ -55,14 +55,15 @@ class DDIMSampler(Sampler):
             iterations: evaluations of each step.
 
         Returns:
-            (N, C, H, W) in the dtype of x0, at the scale of standard normal noise, as `sample` takes it.
+            (N, C, H, W) in the dtype of x0, but at least float32, at the scale of standard normal noise, as `sample`
+            takes it.
 
         Raises:
             UserError: for a sampler with noise, which cannot be inverted.
         """
         if self.eta != 0.0:
             raise UserError(f"eta: {self.eta} is not accepted for an inversion: sampling must be deterministic, eta 0.")
-        x = x0
+        x = x0 if x0.dtype.itemsize >= 4 else x0.float()
         for t, s in reversed(self.intervals):
             (alpha_t, sigma_t, _), (alpha_s, sigma_s, _) = self.level(t), self.level(s)
             x_t = x

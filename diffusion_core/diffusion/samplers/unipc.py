@@ -53,7 +53,8 @@ class UniPCSampler(Sampler):
         """x_s from x_t of `move` and its estimate, those of the moves before, and that at s itself (corrector).
 
         sigma_s / sigma_t * x_t + alpha_s * (1 - exp(-h)) * (m_0 + sum of a_i * (m_i - m_0) / r_i), with r_i =
-        (lambda_i - lambda_t) / h: eq. 3 (with that at s) and eq. 8 (without), in their form for x0_hat.
+        (lambda_i - lambda_t) / h: eq. 3 (UniC) in its form for x0_hat, and without the term at s that of UniP (section
+        3.2).
         """
         from_, to = self.level(move.t), self.level(s)
         width = to.lam - from_.lam

@@ -81,7 +81,7 @@ class NoiseSchedule(ABC):
             steps: from 1 to T; it need not divide T.
             spacing: which times (Lin et al. 2024, table 2, for the names). "trailing", the default, starts where a
                 trained model has seen the most noise, and leaves about T / steps timesteps for the last step to the
-                clean image.
+                clean image; "leading" is floor(i * T / steps) (Song, Meng & Ermon 2020, appendix D.2).
             rho: of the spacing karras: sigma / alpha to the power 1 / rho falls evenly (Karras et al. 2022, eq. 5).
 
         Raises:

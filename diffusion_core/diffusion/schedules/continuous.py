@@ -132,7 +132,7 @@ class VESchedule(_ExplodingSchedule):
 
 
 class EDMSchedule(_ExplodingSchedule):
-    """Time is the noise level: sigma(t) = t (Karras et al. 2022, section 4).
+    """Time is the noise level: sigma(t) = t (Karras et al. 2022, section 3 and table 1).
 
     Noise levels for training are drawn log-normally (their table 1). The spacings other than karras divide
     sigma**(1/7) evenly, which is the spacing karras at its default rho, by other rules for the ends.

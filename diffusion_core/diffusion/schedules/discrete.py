@@ -23,7 +23,7 @@ MAX_BETA = 0.999
 class DiscreteSchedule(NoiseSchedule):
     """A variance-preserving schedule of T timesteps given by its betas.
 
-    Between two timesteps log(alphas_cumprod) is linear in t, as in DPM-Solver (Lu et al. 2022, appendix D).
+    Between two timesteps log(alphas_cumprod) is linear in t, as in the code of DPM-Solver (Lu et al. 2022).
 
     Args:
         betas: (T,) variances of the forward steps, each in (0, 1). Kept in float64: in bfloat16 the first
