@@ -14,19 +14,31 @@ from collections.abc import Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from diffusion_core.config import UserError
 from diffusion_core.data.config import DatasetConfig, SourceConfig, SourceKind, SplitSource
 from diffusion_core.diffusion.config import ProcessConfig, check_sampler
+from diffusion_core.evaluation.comparison import check_contestants
 from diffusion_core.evaluation.config import EvaluationConfig
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.jobs.backend import BackendConfig, BackendKind, jobs_address
-from diffusion_core.jobs.requests import EvaluateRequest, GenerateRequest, Resources, ShardRequest, TrainRequest
+from diffusion_core.jobs.requests import (
+    CompareRequest,
+    EvaluateRequest,
+    GenerateRequest,
+    Resources,
+    ShardRequest,
+    TrainRequest,
+)
 from diffusion_core.networks.config import UNetConfig, check_image_size
 from diffusion_core.storage import Directory, check_reachable
 from diffusion_core.tracking import tracking_uri
 from flows.config import PipelineConfig
+
+if TYPE_CHECKING:
+    from diffusion_core.bundle import BundleConfig
 
 CONNECT_TIMEOUT_S = 2.0
 LISTED_AT_ONCE = 5_000
@@ -74,22 +86,34 @@ def check_train(request: TrainRequest, backend: BackendConfig) -> None:
 
 
 def check_evaluate(request: EvaluateRequest, backend: BackendConfig) -> None:
+    check_services(request.store, backend, mlflow=request.mlflow_run_id is not None)
+    bundle = _measured(request, backend)
+    check_sampler("evaluation.sampler", request.evaluation.sampler, bundle.process)
+
+
+def check_compare(request: CompareRequest, backend: BackendConfig) -> None:
+    check_services(request.store, backend, mlflow=False)
+    bundle = _measured(request, backend)
+    check_contestants(request.comparison, bundle.process, bundle.class_names)
+
+
+def _measured(request: EvaluateRequest | CompareRequest, backend: BackendConfig) -> BundleConfig:
+    """The configuration of a bundle that is to be measured, which the dataset and the extractor suit."""
     from diffusion_core.bundle import read_bundle_config
     from diffusion_core.data.shards import open_dataset
 
     check_store(request.store)
-    check_services(request.store, backend, mlflow=request.mlflow_run_id is not None)
     check_resources("resources.evaluate", request.resources, backend)
     bundle, dataset = read_bundle_config(request.bundle_uri), open_dataset(request.dataset_uri)
     if tuple(bundle.image_shape) != tuple(dataset.image_shape):
         raise UserError(
             f"The bundle makes images of {_shape(bundle.image_shape)}, but the dataset {request.dataset_uri} has "
-            f"images of {_shape(dataset.image_shape)}: evaluate it on a dataset of its own shape."
+            f"images of {_shape(dataset.image_shape)}: measure it on a dataset of its own shape."
         )
     if not dataset.num_rows("test"):
         raise UserError(f"The dataset {request.dataset_uri} has no test split, and the figures need held-out images.")
-    check_sampler("evaluation.sampler", request.evaluation.sampler, bundle.process)
     check_evaluation(request.evaluation)
+    return bundle
 
 
 def check_generate(request: GenerateRequest, backend: BackendConfig) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Self
+from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from diffusion_core.config import Config, execution
-from diffusion_core.diffusion.config import GuidanceConfig, SamplerConfig
+from diffusion_core.diffusion.config import GuidanceConfig, SamplerConfig, Spacing
 
 
 class Extractor(StrEnum):
@@ -116,3 +116,110 @@ class GateConfig(Config):
         description="Confidence of the two-sided bootstrap interval that a new champion has to clear.",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the bootstrap.")
+
+
+class Contestant(Config):
+    """One way to sample that a comparison measures. As text it is `KIND:STEPS`, or `KIND:STEPS:SPACING`."""
+
+    name: str | None = execution(
+        None,
+        min_length=1,
+        max_length=60,
+        description="What it is called; default: KIND:STEPS, with :SPACING unless that is trailing.",
+    )
+    sampler: SamplerConfig = Field(description="Its sampler.")
+    guidance: GuidanceConfig | None = Field(None, description="Its guidance, if not that of the comparison.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        kind, _, rest = value.partition(":")
+        steps, _, spacing = rest.partition(":")
+        if not steps.isdecimal():
+            raise ValueError(f"{value!r} is not accepted: give KIND:STEPS, as dpmpp_2m:10, or KIND:STEPS:SPACING")
+        return {"sampler": {"kind": kind, "steps": int(steps), **({"spacing": spacing} if spacing else {})}}
+
+    @property
+    def label(self) -> str:
+        """What it is called."""
+        spacing = "" if self.sampler.spacing is Spacing.TRAILING else f":{self.sampler.spacing.value}"
+        return self.name or f"{self.sampler.kind.value}:{self.sampler.steps}{spacing}"
+
+
+_GRID = {
+    "ddpm": (250, 50, 25),
+    "ddim": (50, 25, 10),
+    "euler": (25, 10),
+    "heun": (13, 5),
+    "dpmpp_2m": (25, 10, 7),
+    "dpmpp_3m": (25, 10, 7),
+    "unipc": (25, 10, 7),
+    "dpmpp_2m_sde": (25, 10),
+    "dpmpp_3m_sde": (25, 10),
+    "predictor_corrector": (25,),
+}
+
+
+class ComparisonConfig(Config):
+    """Which samplers are compared, on how many images, and which of them is to be as good as which.
+
+    Every contestant makes the same images: of the same ids and classes, from the same starting noise. One seed is one
+    set of images, and the seeds are the repetitions over which means and intervals are taken.
+    """
+
+    contestants: tuple[Contestant, ...] = execution(
+        tuple(Contestant.model_validate(f"{kind}:{steps}") for kind, many in _GRID.items() for steps in many),
+        min_length=1,
+        description="The samplers, each as KIND:STEPS, as KIND:STEPS:SPACING, or with the fields sampler, guidance and "
+        "name.",
+    )
+    reference: str | None = execution(
+        None, description="Name of the contestant that the others are measured against; default: the first one."
+    )
+    candidate: str | None = execution(
+        None, description="Name of the contestant, chosen beforehand, that is to be as good as the reference."
+    )
+    limit: float = execution(
+        1.05, gt=0, le=100, description="The candidate's Fréchet distance may be this multiple of the reference's."
+    )
+    seeds: int = execution(10, ge=1, le=10_000, description="Number of seeds: sets of images of each contestant.")
+    first_seed: int = execution(0, ge=0, lt=2**62, description="The first seed; the others are those that follow it.")
+    images: int = Field(
+        1_000,
+        ge=16,
+        le=1_000_000,
+        description="Images of each set; at most those of the train split. The Fréchet distance depends on it.",
+    )
+    guidance: GuidanceConfig = Field(GuidanceConfig(), description="Guidance of contestants without one of their own.")
+    batch_size: int = Field(128, ge=1, le=65_536, description="Images that one worker samples together.")
+
+    @field_validator("contestants")
+    @classmethod
+    def _names_are_unique(cls, contestants: tuple[Contestant, ...]) -> tuple[Contestant, ...]:
+        names = [contestant.label for contestant in contestants]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two contestants are called {name}: give one of them a name of its own")
+        return contestants
+
+    @model_validator(mode="after")
+    def _who_is_named_takes_part(self) -> Self:
+        names = [contestant.label for contestant in self.contestants]
+        for field in ("reference", "candidate"):
+            name = getattr(self, field)
+            if name is not None and name not in names:
+                raise ValueError(f"the {field} {name} is not among the contestants, which are {', '.join(names)}")
+        return self
+
+    @property
+    def reference_name(self) -> str:
+        return self.reference or self.contestants[0].label
+
+    def guidance_of(self, contestant: Contestant) -> GuidanceConfig:
+        return contestant.guidance or self.guidance
+
+    @property
+    def all_seeds(self) -> range:
+        return range(self.first_seed, self.first_seed + self.seeds)

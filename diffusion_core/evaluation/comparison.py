@@ -1,0 +1,259 @@
+"""What a comparison of samplers found: a standing for each contestant, the candidate's verdict, a table. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+from pydantic import Field
+
+from diffusion_core.config import Config, UserError
+from diffusion_core.diffusion.config import ProcessConfig, Spacing, check_sampler
+from diffusion_core.evaluation.config import ComparisonConfig, Contestant
+
+CONFIDENCE = 0.95
+
+
+class Mean(Config):
+    """A mean over seeds with its standard error, which is None where there is one seed only."""
+
+    mean: float
+    error: float | None = None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+        return cls(mean=fmean(values), error=error)
+
+
+class Ratio(Config):
+    """A Fréchet distance as a multiple of the reference's, of the same seeds; see `paired_ratio`."""
+
+    ratio: float = Field(description="Geometric mean of the seeds' ratios.")
+    low: float | None = Field(None, description="Lower end of the 95 % interval; None with one seed.")
+    high: float | None = Field(None, description="Upper end of the 95 % interval; None with one seed.")
+    bound: float | None = Field(None, description="One-sided upper 95 % bound; None with one seed.")
+
+
+class Standing(Config):
+    """How one contestant did, over all seeds."""
+
+    name: str
+    series: str = Field(description="What it has in common with those that differ in the number of steps alone.")
+    steps: int
+    guidance_scale: float
+    evaluations: float = Field(description="Rows given to the network for one image; a guided call counts two.")
+    distance: Mean = Field(description="Fréchet distance to the train split.")
+    precision: Mean
+    recall: Mean
+    accuracy: Mean | None = Field(
+        description="Share of images recognised as the class asked for; None without classes."
+    )
+    ratio: Ratio | None = Field(description="Against the reference; None if there is none, or a distance is 0.")
+    distances: list[float] = Field(description="The Fréchet distance of each seed.")
+
+
+class Floor(Config):
+    """The figures of held-out real images. The Fréchet distance falls with their number, so that stands beside it."""
+
+    images: int
+    distance: float
+    precision: float
+    recall: float
+    accuracy: float | None = None
+
+
+class Verdict(Config):
+    """Whether the candidate is as good as the reference, by the upper bound of the ratio."""
+
+    candidate: str
+    reference: str
+    evaluations: float
+    ratio: float
+    bound: float | None
+    limit: float
+    within: bool = Field(description="True if the bound is at most the limit.")
+    sentence: str
+
+
+class Comparison(Config):
+    """Everything that a comparison found; `comparison.json` holds it."""
+
+    schema_version: int = 1
+    bundle_digest: str
+    images_seen: int
+    dataset: str = Field(description="Name and version of the dataset.")
+    configuration: dict[str, Any]
+    distance_name: str = Field(description="fid with Inception's features, else frechet_distance.")
+    images: int = Field(description="Images of each set, N.")
+    seeds: list[int]
+    reference: str
+    standings: list[Standing] = Field(description="In the order of the contestants, without those that failed.")
+    failed: dict[str, str] = Field(description="Why, by the name of each contestant that could not be measured.")
+    floor: Floor
+    verdict: Verdict | None
+
+
+Cell = Mapping[str, float]
+"""What one contestant's images of one seed gave: evaluations, distance, precision, recall and perhaps accuracy."""
+
+
+def check_contestants(config: ComparisonConfig, process: ProcessConfig, class_names: Sequence[str]) -> None:
+    """Every contestant suits the model. `UserError` about the first that does not."""
+    for contestant in config.contestants:
+        field, scale = f"comparison.contestants {contestant.label}", config.guidance_of(contestant).scale
+        check_sampler(f"{field}: sampler", contestant.sampler, process)
+        if scale != 1 and not class_names:
+            raise UserError(
+                f"{field}: guidance.scale {scale:g} is not accepted for a model without classes, which takes only 1."
+            )
+
+
+def paired_ratio(distances: Sequence[float], reference: Sequence[float]) -> Ratio | None:
+    """The ratio of two contestants' Fréchet distances, by t-statistics on the logarithms of the seeds' ratios.
+
+    Seed i of both has the same classes and the same starting noise, so what the two have in common cancels within a
+    seed. A ratio is bounded below by 0 and skewed while its logarithm is neither, and what is wanted is a bound on a
+    ratio. The distance of a set of N images is itself a mean over images, so its logarithm varies nearly normally from
+    seed to seed: with the standard deviation estimated from the same n seeds, that is Student's t with n - 1 degrees of
+    freedom. The bound asks one question (not much worse?), so it is one-sided, and a little inside the interval.
+
+    Returns:
+        None where a distance is 0, and so no ratio exists.
+    """
+    if min(*distances, *reference) <= 0:
+        return None
+    logs = [math.log(a / b) for a, b in zip(distances, reference, strict=True)]
+    middle = fmean(logs)
+    if len(logs) == 1:
+        return Ratio(ratio=math.exp(middle))
+    from scipy.stats import t as student
+
+    error = stdev(logs) / math.sqrt(len(logs))
+    two_sided = float(student.ppf(0.5 + CONFIDENCE / 2, len(logs) - 1)) * error
+    one_sided = float(student.ppf(CONFIDENCE, len(logs) - 1)) * error
+    return Ratio(
+        ratio=math.exp(middle),
+        low=math.exp(middle - two_sided),
+        high=math.exp(middle + two_sided),
+        bound=math.exp(middle + one_sided),
+    )
+
+
+def standing(config: ComparisonConfig, contestant: Contestant, cells: Sequence[Cell], of: Sequence[Cell]) -> Standing:
+    """The standing of a contestant, from its cells and the reference's cells of the same seeds."""
+
+    def mean(name: str) -> Mean:
+        return Mean.of([cell[name] for cell in cells])
+
+    return Standing(
+        name=contestant.label,
+        series=_series(config, contestant),
+        steps=contestant.sampler.steps,
+        guidance_scale=config.guidance_of(contestant).scale,
+        evaluations=mean("evaluations").mean,
+        distance=mean("distance"),
+        precision=mean("precision"),
+        recall=mean("recall"),
+        accuracy=mean("accuracy") if "accuracy" in cells[0] else None,
+        ratio=paired_ratio([cell["distance"] for cell in cells], [cell["distance"] for cell in of]) if of else None,
+        distances=[cell["distance"] for cell in cells],
+    )
+
+
+def _series(config: ComparisonConfig, contestant: Contestant) -> str:
+    sampler, scale = contestant.sampler, config.guidance_of(contestant).scale
+    spacing = "" if sampler.spacing is Spacing.TRAILING else f", {sampler.spacing.value}"
+    several = len({config.guidance_of(each).scale for each in config.contestants}) > 1
+    return f"{sampler.kind.value}{spacing}" + (f", guidance {scale:g}" if several else "")
+
+
+def verdict(config: ComparisonConfig, standings: Sequence[Standing], failed: Mapping[str, str]) -> Verdict | None:
+    """The candidate's, in words too; None without a candidate, or where there is no ratio to judge by."""
+    candidate = next((each for each in standings if each.name == config.candidate), None)
+    if candidate is None or candidate.ratio is None or config.reference_name in failed:
+        return None
+    ratio, bound = candidate.ratio.ratio, candidate.ratio.bound
+    within = bound is not None and bound <= config.limit
+    more = f"the limit {config.limit:g}"
+    if bound is None:
+        why = "one seed gives no bound, so nothing is shown: use more seeds"
+    elif within:
+        why = f"its upper 95 % bound {bound:.3f} is within {more}"
+    elif ratio <= config.limit:
+        why = f"its upper 95 % bound {bound:.3f} is above {more}: not shown with {config.seeds} seeds"
+    else:
+        why = f"that alone is above {more} (upper 95 % bound {bound:.3f})"
+    return Verdict(
+        candidate=candidate.name,
+        reference=config.reference_name,
+        evaluations=candidate.evaluations,
+        ratio=ratio,
+        bound=bound,
+        limit=config.limit,
+        within=within,
+        sentence=f"{candidate.name} with {candidate.evaluations:g} network evaluations an image has {ratio:.3f} times "
+        f"the Fréchet distance of {config.reference_name}; {why}.",
+    )
+
+
+def table(found: Comparison) -> str:
+    """The standings as a Markdown table whose columns are aligned, so that it reads as plain text too."""
+    head = ["sampler", "evaluations", "Fréchet distance", "recall", "accuracy", f"ratio to {found.reference} (95 %)"]
+    if found.distance_name == "fid":
+        head[2] = "FID"
+    scales = {each.guidance_scale for each in found.standings}
+    rows = []
+    for each in found.standings:
+        name = each.name if len(scales) == 1 else f"{each.name}, guidance {each.guidance_scale:g}"
+        accuracy = shown(each.accuracy, 4) if each.accuracy else "–"
+        mark = f"**{name}**" if found.verdict and found.verdict.candidate == each.name else name
+        rows.append(
+            [mark, f"{each.evaluations:g}", shown(each.distance, 3), shown(each.recall, 3), accuracy, _interval(each)]
+        )
+    floor = found.floor
+    accuracy = "–" if floor.accuracy is None else f"{floor.accuracy:.4f}"
+    real = f"held-out real images (N = {floor.images:,})"
+    rows.append([real, "–", f"{floor.distance:.3f}", f"{floor.recall:.3f}", accuracy, "–"])
+    rows += [[name, "failed", why, "–", "–", "–"] for name, why in found.failed.items()]
+    return _aligned(head, rows)
+
+
+def document(found: Comparison, picture: str) -> str:
+    """`comparison.md`: the table with what it is about, and the picture."""
+    scales = sorted({each.guidance_scale for each in found.standings})
+    guidance = f", guidance {scales[0]:g}" if len(scales) == 1 else ""
+    lines = [
+        "# Samplers compared",
+        f"{found.images:,} images for each of {len(found.seeds)} seeds ({found.seeds[0]} to {found.seeds[-1]})"
+        f"{guidance}; means ± standard errors. Dataset {found.dataset}, model `{found.bundle_digest}`.",
+        table(found),
+        *([found.verdict.sentence] if found.verdict else []),
+        f"![Fréchet distance, recall and accuracy against network evaluations]({picture})",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def shown(value: Mean, decimals: int) -> str:
+    """A mean with its error, as 2.608 ± 0.024."""
+    error = "" if value.error is None else f" ± {value.error:.{decimals}f}"
+    return f"{value.mean:.{decimals}f}{error}"
+
+
+def _interval(each: Standing) -> str:
+    if each.ratio is None:
+        return "–"
+    if each.ratio.low is None or each.ratio.low == each.ratio.high:  # of the reference itself
+        return f"{each.ratio.ratio:.3f}"
+    return f"{each.ratio.ratio:.3f} ({each.ratio.low:.3f}–{each.ratio.high:.3f})"
+
+
+def _aligned(head: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in [head, ["-" * width for width in widths], *rows]
+    ]
+    return "\n".join(lines)
