@@ -11,6 +11,7 @@ from diffusion_core.evaluation.comparison import Comparison, Mean, Standing
 # Okabe & Ito 2008, told apart with every kind of colour vision; markers tell apart what shares a colour.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX*<>"
+_LINES = ("-", "--", "-.", ":")  # of one sampler: with other guidance, or at other times
 _GREY = "#666666"
 _Points = list[tuple[float, Mean]]
 
@@ -44,8 +45,13 @@ def picture(found: Comparison) -> bytes:
 
 def _draw(axes: Any, found: Comparison, name: str) -> None:
     """One panel: a line for each series, and horizontal ones for the reference and for real images."""
-    for number, (series, standings) in enumerate(_series(found.standings).items()):
-        points = _points(standings, name)
+    kinds: list[str] = []
+    seen: list[str] = []
+    for series, standings in _series(found.standings).items():
+        points, kind = _points(standings, name), standings[0].kind
+        seen.append(kind)
+        kinds += [kind] if kind not in kinds else []
+        number = kinds.index(kind)
         axes.errorbar(
             [evaluations for evaluations, _ in points],
             [value.mean for _, value in points],
@@ -53,6 +59,7 @@ def _draw(axes: Any, found: Comparison, name: str) -> None:
             label=series,
             color=_COLOURS[number % len(_COLOURS)],
             marker=_MARKERS[number % len(_MARKERS)],
+            linestyle=_LINES[(seen.count(kind) - 1) % len(_LINES)],
             markersize=5,
             linewidth=1.3,
             capsize=2,

@@ -42,8 +42,9 @@ class Standing(Config):
 
     name: str
     series: str = Field(description="What it has in common with those that differ in the number of steps alone.")
+    kind: str = Field(description="Kind of its sampler.")
     steps: int
-    guidance_scale: float
+    guidance: str = Field(description="Its guidance scale, and whether only in an interval of noise levels.")
     evaluations: float = Field(description="Rows given to the network for one image; a guided call counts two.")
     distance: Mean = Field(description="Fréchet distance to the train split.")
     precision: Mean
@@ -151,8 +152,9 @@ def standing(config: ComparisonConfig, contestant: Contestant, cells: Sequence[C
     return Standing(
         name=contestant.label,
         series=_series(config, contestant),
+        kind=contestant.sampler.kind.value,
         steps=contestant.sampler.steps,
-        guidance_scale=config.guidance_of(contestant).scale,
+        guidance=_guidance(config, contestant),
         evaluations=mean("evaluations").mean,
         distance=mean("distance"),
         precision=mean("precision"),
@@ -164,10 +166,16 @@ def standing(config: ComparisonConfig, contestant: Contestant, cells: Sequence[C
 
 
 def _series(config: ComparisonConfig, contestant: Contestant) -> str:
-    sampler, scale = contestant.sampler, config.guidance_of(contestant).scale
-    spacing = "" if sampler.spacing is Spacing.TRAILING else f", {sampler.spacing.value}"
-    several = len({config.guidance_of(each).scale for each in config.contestants}) > 1
-    return f"{sampler.kind.value}{spacing}" + (f", guidance {scale:g}" if several else "")
+    spacing = contestant.sampler.spacing
+    several = len({_guidance(config, each) for each in config.contestants}) > 1
+    parts = [contestant.sampler.kind.value, "" if spacing is Spacing.TRAILING else spacing.value]
+    return ", ".join(filter(None, [*parts, f"guidance {_guidance(config, contestant)}" if several else ""]))
+
+
+def _guidance(config: ComparisonConfig, contestant: Contestant) -> str:
+    guidance = config.guidance_of(contestant)
+    always = guidance.scale == 1 or (guidance.min_log_snr is None and guidance.max_log_snr is None)
+    return f"{guidance.scale:g}" + ("" if always else " in part")
 
 
 def verdict(config: ComparisonConfig, standings: Sequence[Standing], failed: Mapping[str, str]) -> Verdict | None:
@@ -201,34 +209,39 @@ def verdict(config: ComparisonConfig, standings: Sequence[Standing], failed: Map
 
 def table(found: Comparison) -> str:
     """The standings as a Markdown table whose columns are aligned, so that it reads as plain text too."""
-    head = ["sampler", "evaluations", "Fréchet distance", "recall", "accuracy", f"ratio to {found.reference} (95 %)"]
-    if found.distance_name == "fid":
-        head[2] = "FID"
-    scales = {each.guidance_scale for each in found.standings}
+    distance = "FID" if found.distance_name == "fid" else "Fréchet distance"
+    ratio = f"ratio to {found.reference} (95 %)"
+    head = ["sampler", "guidance", "evaluations", distance, ratio, "precision", "recall", "accuracy"]
     rows = []
     for each in found.standings:
-        name = each.name if len(scales) == 1 else f"{each.name}, guidance {each.guidance_scale:g}"
-        accuracy = shown(each.accuracy, 4) if each.accuracy else "–"
-        mark = f"**{name}**" if found.verdict and found.verdict.candidate == each.name else name
+        chosen = found.verdict is not None and found.verdict.candidate == each.name
         rows.append(
-            [mark, f"{each.evaluations:g}", shown(each.distance, 3), shown(each.recall, 3), accuracy, _interval(each)]
+            [
+                f"**{each.name}**" if chosen else each.name,
+                each.guidance,
+                f"{each.evaluations:g}",
+                shown(each.distance),
+                _interval(each),
+                shown(each.precision),
+                shown(each.recall),
+                shown(each.accuracy),
+            ]
         )
     floor = found.floor
-    accuracy = "–" if floor.accuracy is None else f"{floor.accuracy:.4f}"
-    real = f"held-out real images (N = {floor.images:,})"
-    rows.append([real, "–", f"{floor.distance:.3f}", f"{floor.recall:.3f}", accuracy, "–"])
-    rows += [[name, "failed", why, "–", "–", "–"] for name, why in found.failed.items()]
-    return _aligned(head, rows)
+    of_floor = [floor.distance, None, floor.precision, floor.recall, floor.accuracy]
+    figures = ["–" if value is None else f"{value:.3f}" for value in of_floor]
+    rows.append([f"held-out real images (N = {floor.images:,})", "–", "–", *figures])
+    rows += [[name, "failed", *["–"] * 6] for name in found.failed]
+    said = [f"{name} failed: {why}." for name, why in found.failed.items()]
+    return "\n\n".join([_aligned(head, rows), *said])
 
 
 def document(found: Comparison, picture: str) -> str:
     """`comparison.md`: the table with what it is about, and the picture."""
-    scales = sorted({each.guidance_scale for each in found.standings})
-    guidance = f", guidance {scales[0]:g}" if len(scales) == 1 else ""
     lines = [
         "# Samplers compared",
-        f"{found.images:,} images for each of {len(found.seeds)} seeds ({found.seeds[0]} to {found.seeds[-1]})"
-        f"{guidance}; means ± standard errors. Dataset {found.dataset}, model `{found.bundle_digest}`.",
+        f"{found.images:,} images for each of {len(found.seeds)} seeds ({found.seeds[0]} to {found.seeds[-1]}); means "
+        f"± standard errors. Dataset {found.dataset}, model `{found.bundle_digest}`.",
         table(found),
         *([found.verdict.sentence] if found.verdict else []),
         f"![Fréchet distance, recall and accuracy against network evaluations]({picture})",
@@ -236,10 +249,11 @@ def document(found: Comparison, picture: str) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def shown(value: Mean, decimals: int) -> str:
+def shown(value: Mean | None) -> str:
     """A mean with its error, as 2.608 ± 0.024."""
-    error = "" if value.error is None else f" ± {value.error:.{decimals}f}"
-    return f"{value.mean:.{decimals}f}{error}"
+    if value is None:
+        return "–"
+    return f"{value.mean:.3f}" + ("" if value.error is None else f" ± {value.error:.3f}")
 
 
 def _interval(each: Standing) -> str:

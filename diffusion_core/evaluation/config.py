@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from typing import Any, Self
 
@@ -118,14 +119,18 @@ class GateConfig(Config):
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the bootstrap.")
 
 
+_AS_TEXT = re.compile(r"^(?P<kind>\w+):(?P<steps>\d+)(?::(?P<spacing>\w+))?(?:@(?P<scale>\d+(?:\.\d+)?))?$")
+
+
 class Contestant(Config):
-    """One way to sample that a comparison measures. As text it is `KIND:STEPS`, or `KIND:STEPS:SPACING`."""
+    """One way to sample that a comparison measures. As text it is KIND:STEPS, and :SPACING and @GUIDANCE if wanted."""
 
     name: str | None = execution(
         None,
         min_length=1,
         max_length=60,
-        description="What it is called; default: KIND:STEPS, with :SPACING unless that is trailing.",
+        description="What it is called; default: KIND:STEPS, with :SPACING unless that is trailing, and @GUIDANCE if "
+        "it has one of its own.",
     )
     sampler: SamplerConfig = Field(description="Its sampler.")
     guidance: GuidanceConfig | None = Field(None, description="Its guidance, if not that of the comparison.")
@@ -135,17 +140,21 @@ class Contestant(Config):
     def _from_text(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        kind, _, rest = value.partition(":")
-        steps, _, spacing = rest.partition(":")
-        if not steps.isdecimal():
-            raise ValueError(f"{value!r} is not accepted: give KIND:STEPS, as dpmpp_2m:10, or KIND:STEPS:SPACING")
-        return {"sampler": {"kind": kind, "steps": int(steps), **({"spacing": spacing} if spacing else {})}}
+        match = _AS_TEXT.match(value)
+        if match is None:
+            raise ValueError(
+                f"{value!r} is none: give KIND:STEPS, as dpmpp_2m:10, and :SPACING and @GUIDANCE if wanted"
+            )
+        sampler = {"kind": match["kind"], "steps": int(match["steps"])}
+        sampler |= {"spacing": match["spacing"]} if match["spacing"] else {}
+        return {"sampler": sampler, "guidance": {"scale": float(match["scale"])} if match["scale"] else None}
 
     @property
     def label(self) -> str:
         """What it is called."""
         spacing = "" if self.sampler.spacing is Spacing.TRAILING else f":{self.sampler.spacing.value}"
-        return self.name or f"{self.sampler.kind.value}:{self.sampler.steps}{spacing}"
+        guidance = "" if self.guidance is None else f"@{self.guidance.scale:g}"
+        return self.name or f"{self.sampler.kind.value}:{self.sampler.steps}{spacing}{guidance}"
 
 
 _GRID = {
@@ -172,8 +181,8 @@ class ComparisonConfig(Config):
     contestants: tuple[Contestant, ...] = execution(
         tuple(Contestant.model_validate(f"{kind}:{steps}") for kind, many in _GRID.items() for steps in many),
         min_length=1,
-        description="The samplers, each as KIND:STEPS, as KIND:STEPS:SPACING, or with the fields sampler, guidance and "
-        "name.",
+        description="The samplers: each as KIND:STEPS, with :SPACING and @GUIDANCE if wanted, or with the fields "
+        "sampler, guidance and name.",
     )
     reference: str | None = execution(
         None, description="Name of the contestant that the others are measured against; default: the first one."
