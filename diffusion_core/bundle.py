@@ -8,14 +8,15 @@ absent: it is the commit, and a directory without one is not a bundle. Nothing i
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
 
-from diffusion_core.config import Config, UserError, digest, execution, explain, identity
+from diffusion_core.config import Config, UserError, digest, execution, explain, identity, later
 from diffusion_core.diffusion.config import ProcessConfig
-from diffusion_core.networks.config import UNetConfig
+from diffusion_core.networks.config import NetworkConfig
 from diffusion_core.storage import Directory
 
 if TYPE_CHECKING:
@@ -40,12 +41,15 @@ class BundleConfig(Config):
 
     schema_version: int = Field(SCHEMA_VERSION, ge=1, description="Version of the bundle's layout.")
     process: ProcessConfig = Field(description="The diffusion process that the network was trained for.")
-    network: UNetConfig = Field(description="The network.")
+    network: NetworkConfig = Field(description="The network.")
     image_shape: tuple[int, int, int] = Field(description="Height, width and channels of the images.")
     class_names: tuple[str, ...] = Field((), description="Names of the classes by label; empty: no class conditioning.")
     dataset: DatasetReference = Field(description="The dataset version that the model was trained on.")
     run_id: str = Field(description="The training run.")
     images_seen: int = Field(ge=0, description="Images seen in training when the bundle was exported.")
+    ema_sigma_rel: float | None = later(
+        None, description="Relative width of the power-function average that the weights are; none: a half-life."
+    )
     code_version: str = execution("", description="Version of the code that trained the model.")
     mlflow_run_id: str | None = execution(None, description="MLflow run that recorded the training.")
 
@@ -115,7 +119,8 @@ def load_bundle(uri: str | Directory, device: str | Any = "cpu") -> Bundle:
 
     place = _place(uri)
     record, config = _record(place), read_bundle_config(place)
-    network = build_network(config.network, config.image_shape, config.num_classes)
+    outputs = config.process.output_channels(config.image_shape[2])
+    network = build_network(config.network, config.image_shape, config.num_classes, outputs)
     try:
         network.load_state_dict(load(_verified(place, record, WEIGHTS)))
     except RuntimeError as error:
@@ -146,6 +151,48 @@ def read_bundle_config(uri: str | Directory) -> BundleConfig:
     return config
 
 
+def check_guide(
+    field: str,
+    guide: BundleConfig,
+    process: ProcessConfig,
+    image_shape: tuple[int, int, int] | None,
+    class_names: Sequence[str] | None,
+) -> None:
+    """A bundle can guide a model, as a weaker model of the same images or as a classifier of the same noisy images.
+
+    Args:
+        field: path of the field that names it, for the message; its last part is guide or classifier.
+        guide: configuration of the guiding bundle.
+        process, image_shape, class_names: of the model that it guides; None where that is not known yet.
+
+    Raises:
+        UserError: the kind of network, the process, the image shape or the classes do not fit; a guide without classes
+            suits every model.
+    """
+    classifies = field.endswith("classifier")
+    if (guide.network.kind == "classifier") != classifies:
+        wanted = "classifier (network.kind)" if classifies else "model of images"
+        raise UserError(f"{field}: that model is no {wanted}, but of the kind {guide.network.kind}.")
+    free = ("variance", "prediction", "sigma_data") if classifies else ()
+    for name in ProcessConfig.model_fields:
+        theirs, ours = getattr(guide.process, name), getattr(process, name)
+        if theirs != ours and name not in free:
+            raise UserError(
+                f"{field}: that model has process.{name} = {theirs}, and the one that it guides has {ours}."
+            )
+    if image_shape is not None and guide.image_shape != tuple(image_shape):
+        shapes = ["x".join(map(str, shape)) for shape in (guide.image_shape, image_shape)]
+        raise UserError(f"{field}: that model makes images of {shapes[0]}, and the one that it guides of {shapes[1]}.")
+    if guide.class_names and class_names is not None and guide.class_names != tuple(class_names):
+        raise UserError(f"{field}: that model has other classes than the one that it guides.")
+
+
+def check_makes_images(uri: str, bundle: BundleConfig) -> None:
+    """`UserError` for the bundle of a classifier."""
+    if bundle.network.kind == "classifier":
+        raise UserError(f"{uri} is a classifier of noisy images: it makes none, but can guide (guidance.classifier).")
+
+
 def verify_bundle(uri: str | Directory) -> str:
     """Read every file of a bundle, compare it with its record, and return the bundle's digest.
 
@@ -165,9 +212,11 @@ def model_card(config: BundleConfig) -> str:
     height, width, channels = config.image_shape
     classes = ", ".join(config.class_names) if config.class_names else "none (unconditional)"
     process = config.process
-    return f"""# A diffusion model of {config.dataset.name}
+    classifies = config.network.kind == "classifier"
+    title, does = ("classifier", "Classifies noisy") if classifies else ("diffusion model", "Makes")
+    return f"""# A {title} of {config.dataset.name}
 
-Makes images of {height}x{width} pixels with {channels} channel{"s" if channels > 1 else ""}.
+{does} images of {height}x{width} pixels with {channels} channel{"s" if channels > 1 else ""}.
 
 | | |
 |---|---|
@@ -175,8 +224,8 @@ Makes images of {height}x{width} pixels with {channels} channel{"s" if channels 
 | dataset | {config.dataset.name}, version `{config.dataset.version}` |
 | training run | `{config.run_id}`, {config.images_seen:,} images seen |
 | process | {process.schedule} schedule, {process.timesteps} timesteps, predicts {process.prediction} |
-| network | {config.network.kind}, {config.network.base_channels} base channels |
-| code version | {config.code_version or "unknown"} |
+| network | {config.network.summary} |
+{_average_row(config)}| code version | {config.code_version or "unknown"} |
 
 ![samples](samples.png)
 
@@ -184,6 +233,11 @@ The weights are the exponential moving average of the trained ones. Load the dir
 `diffusion_core.bundle.load_bundle(uri)`; it holds no code and no pickle. The model has seen the images of its dataset
 only: what it makes shares their biases and their limits of use.
 """
+
+
+def _average_row(config: BundleConfig) -> str:
+    width = config.ema_sigma_rel
+    return "" if width is None else f"| average | a power function of relative width {width:g} |\n"
 
 
 def _place(uri: str | Directory) -> Directory:

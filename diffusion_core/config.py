@@ -74,11 +74,13 @@ def digest(*parts: Any) -> str:
 def explain(error: ValidationError) -> str:
     """One sentence about the first problem of a failed validation: the field, its value, and what is accepted."""
     first = error.errors(include_url=False)[0]
-    field = ".".join(str(part) for part in first["loc"]) or "configuration"
+    parts = [str(part) for part in first["loc"]]
+    member = next((f" of {part}" for part in parts if "=" in part), "")  # of a union, as "kind=unet": no field
+    field = ".".join(part for part in parts if "=" not in part) or "configuration"
     more = error.error_count() - 1
     also = f" (and {more} more problem{'s' if more > 1 else ''})" if more else ""
     if first["type"] == "extra_forbidden":
-        return f"{field}: there is no such field{also}."
+        return f"{field}: there is no such field{member}{also}."
     if first["type"] == "missing":
         return f"{field}: a value is needed and none was given{also}."
     message = first["msg"].removeprefix("Value error, ").rstrip(".")

@@ -7,11 +7,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 PATIENCE_S = 180.0
+EXIT_STORE_AWAY = 75  # EX_TEMPFAIL of sysexits.h
 _chosen_s: ContextVar[float | None] = ContextVar("patience_s", default=None)
 
 
-class StoreUnavailable(OSError):
-    """The store was away for longer than the patience: not for the user to mend, and a later attempt may succeed."""
+class StoreUnavailable(Exception):
+    """The store was away for longer than the patience: not for the user to mend, and a later attempt may succeed.
+
+    No `OSError`, which says that something is wrong with a file.
+    """
 
 
 @contextmanager

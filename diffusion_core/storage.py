@@ -259,7 +259,9 @@ def _canonical(uri: str | Path) -> str:
         return os.path.abspath(unquote(parts.path))
     if scheme == "s3":
         return _canonical_s3(text)
-    raise UserError(f"{text!r} has the scheme {scheme!r}; accepted are a local path, file:///path, and s3://bucket/prefix.")
+    raise UserError(
+        f"{text!r} has the scheme {scheme!r}; accepted are a local path, file:///path, and s3://bucket/prefix."
+    )
 
 
 def _canonical_s3(text: str) -> str:
@@ -270,7 +272,9 @@ def _canonical_s3(text: str) -> str:
             "set AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment."
         )
     if not 3 <= len(bucket) <= 63 or not set(bucket) <= set("abcdefghijklmnopqrstuvwxyz0123456789.-_"):
-        raise UserError(f"{text!r} has no valid bucket name: 3 to 63 small letters, digits, dots and hyphens after s3://.")
+        raise UserError(
+            f"{text!r} has no valid bucket name: 3 to 63 small letters, digits, dots and hyphens after s3://."
+        )
     prefix = prefix.rstrip("/")
     return f"s3://{bucket}/{_checked_key(prefix)}" if prefix else f"s3://{bucket}"
 

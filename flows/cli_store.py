@@ -19,9 +19,31 @@ ModelName = Annotated[str, typer.Argument(help="Name of the registered model.")]
 
 def add_to(app: typer.Typer) -> None:
     """Give the command its verbs."""
-    for verb in (promote, rollback, lineage, reproduce, verify, prune):
+    for verb in (export, promote, rollback, lineage, reproduce, verify, prune):
         app.command()(verb)
     app.command(name="list")(list_kind)
+
+
+def export(
+    run: Annotated[str, typer.Argument(help="Run, by its id or URI, that was trained with training.ema=power.")],
+    sigma_rel: Annotated[float, typer.Option("--sigma-rel", help="Relative width of the average, 0.01 to 0.28.")],
+    images_seen: Annotated[
+        int | None, typer.Option("--images-seen", help="At which end of training; default: the last one.")
+    ] = None,
+    store: o.Store = None,
+    as_json: o.Json = False,
+) -> None:
+    """Make a bundle of a finished run with a moving average of another length, without training again."""
+    from diffusion_core.bundle import bundle_digest
+    from diffusion_core.training import posthoc
+    from diffusion_core.training.run import RunDirectory
+    from flows import find
+
+    uri = posthoc.export(RunDirectory(find.run(run, _place(store))), sigma_rel, images_seen)
+    if as_json:
+        print_json({"bundle_uri": uri, "digest": bundle_digest(uri)})
+    else:
+        typer.echo(uri)
 
 
 def promote(

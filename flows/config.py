@@ -23,7 +23,7 @@ from diffusion_core.jobs.requests import (
     TrainRequest,
     TrainResult,
 )
-from diffusion_core.networks.config import UNetConfig
+from diffusion_core.networks.config import NetworkConfig, UNetConfig
 from diffusion_core.training.config import TrainingConfig
 
 
@@ -49,7 +49,7 @@ class PipelineConfig(Config):
     source: SourceConfig = Field(description="Where the images come from.")
     dataset: DatasetConfig = Field(description="How they become a dataset version; its name is the pipeline's.")
     process: ProcessConfig = Field(default_factory=ProcessConfig, description="The diffusion process.")
-    network: UNetConfig = Field(default_factory=UNetConfig, description="The network.")
+    network: NetworkConfig = Field(default_factory=UNetConfig, description="The network.")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="How the network is trained.")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="How the model is measured.")
     comparison: ComparisonConfig = Field(

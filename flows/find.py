@@ -54,7 +54,7 @@ def bundle_uri(reference: str, store: str) -> str:
     place = Directory(reference)
     if place.exists(RECORD):
         return place.uri
-    run = place if _is_place(reference) else Directory(store) / f"runs/{reference.strip('/')}"
+    run = _run(reference, store)
     exported = [name for name in (run / "bundles").children() if (run / "bundles" / name).exists(RECORD)]
     if exported:
         return (run / "bundles" / max(exported, key=_number)).uri
@@ -62,8 +62,15 @@ def bundle_uri(reference: str, store: str) -> str:
         raise UserError(f"The run {run.name} has no bundle yet; training exports one at its end.")
     if _is_place(reference):
         return place.uri
-    runs = ", ".join((Directory(store) / "runs").children()[:10]) or "none"
-    raise UserError(f"There is no bundle or run {reference}; the runs of the store {store} are: {runs}.")
+    raise UserError(f"There is no bundle or run {reference}; {_runs_of(store)}.")
+
+
+def run(reference: str, store: str) -> Directory:
+    """The directory of a run, by its URI or id."""
+    place = _run(reference, store)
+    if not place.exists("run.json"):
+        raise UserError(f"There is no run {reference}; {_runs_of(store)}.")
+    return place
 
 
 def model_reference(reference: str, store: str) -> str:
@@ -92,6 +99,15 @@ def register_request(
         gate=config.gate,
         mlflow_run_id=found.config.mlflow_run_id,
     )
+
+
+def _run(reference: str, store: str) -> Directory:
+    return Directory(reference) if _is_place(reference) else Directory(store) / f"runs/{reference.strip('/')}"
+
+
+def _runs_of(store: str) -> str:
+    runs = ", ".join((Directory(store) / "runs").children()[:10]) or "none"
+    return f"the runs of the store {store} are: {runs}"
 
 
 def _is_place(reference: str) -> bool:

@@ -69,6 +69,7 @@ def _of_images(uri: str, store: str, image_id: int | None) -> Iterator[Step]:
         "images": images.total_images(),
         "model_versions": _model_versions(images),
         "generation": described.generation,
+        **{name: guide["digest"] for name, guide in described.guides.items()},
     }
     bundle = described.bundle_uri
     if not Directory(bundle).exists(RECORD):  # the run was pruned, but the registry keeps a copy of its models
@@ -190,7 +191,11 @@ def reproduce(reference: str, store: str, image_ids: Sequence[int]) -> list[Step
     bundle = load_bundle(uri, _device(located[0].record["made_on"]))
     if bundle.digest != wanted:
         raise UserError(f"The set {images.uri} was made by the bundle {wanted}, but {uri} now holds {bundle.digest}.")
-    generator = Generator(bundle, images.generation, next(bundle.network.parameters()).device)
+    guides = dict(images.generation.guidance.models)
+    for name, guide in images.description.guides.items():
+        if not Directory(guides[name]).exists(RECORD):
+            guides[name] = _registered_copy(guide["digest"], store) or guides[name]
+    generator = Generator(bundle, images.guided_by(guides), next(bundle.network.parameters()).device)
     ids = np.array(image_ids, dtype=np.int64)
     made = generator.images(ids, images.labels.of(ids))
     return [

@@ -19,9 +19,10 @@ from urllib.parse import urlsplit
 
 from diffusion_core.config import UserError
 from diffusion_core.data.config import DatasetConfig, SourceConfig, SourceKind, SplitSource
-from diffusion_core.diffusion.config import ProcessConfig, check_sampler
+from diffusion_core.diffusion.config import GuidanceConfig, ProcessConfig, check_sampler
+from diffusion_core.diffusion.objective_config import check_objective
 from diffusion_core.evaluation.comparison import check_contestants
-from diffusion_core.evaluation.config import EvaluationConfig
+from diffusion_core.evaluation.config import EvaluationConfig, check_likelihood
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.jobs.backend import BackendConfig, BackendKind, jobs_address
 from diffusion_core.jobs.requests import (
@@ -32,7 +33,7 @@ from diffusion_core.jobs.requests import (
     ShardRequest,
     TrainRequest,
 )
-from diffusion_core.networks.config import UNetConfig, check_image_size
+from diffusion_core.networks.config import NetworkConfig, check_image_size
 from diffusion_core.storage import Directory, check_reachable
 from diffusion_core.tracking import tracking_uri
 from flows.config import PipelineConfig
@@ -57,12 +58,20 @@ def check_pipeline(config: PipelineConfig) -> None:
     ):
         check_resources(f"resources.{stage}", resources, config.backend)
     check_source(config.source)
+    if config.network.kind == "classifier":
+        raise UserError("network.kind: a classifier makes no images to evaluate: train it alone, with diffusion train.")
     check_size(config.source, config.dataset, config.network)
     check_held_out(config.source, config.dataset)
     check_sampler("evaluation.sampler", config.evaluation.sampler, config.process)
     check_sampler("generation.sampler", config.generation.sampler, config.process)
+    check_objective("training.objective", config.training.objective, config.process)
+    check_likelihood("evaluation.likelihood", config.evaluation.likelihood, config.process)
     check_evaluation(config.evaluation)
-    check_labels(config.generation, known_classes(config.source))
+    classes, size = known_classes(config.source), config.dataset.size
+    shape = (*size, config.dataset.channels) if size else None
+    for field, guidance in (("evaluation", config.evaluation.guidance), ("generation", config.generation.guidance)):
+        check_guidance(f"{field}.guidance", guidance, config.process, shape, classes, config.store)
+    check_labels(config.generation, classes)
     check_unmoved(config.training.init_from, config.name)
     check_init_from(config.training.init_from, config.network, config.process, config.dataset.channels, config.store)
 
@@ -76,35 +85,45 @@ def check_shard(request: ShardRequest, backend: BackendConfig) -> None:
 
 def check_train(request: TrainRequest, backend: BackendConfig) -> None:
     from diffusion_core.data.shards import open_dataset
+    from diffusion_core.training.run import check_task
 
     check_store(request.store)
     check_services(request.store, backend)
     check_resources("resources.train", request.resources, backend)
-    height, width, channels = open_dataset(request.dataset_uri).image_shape
+    dataset = open_dataset(request.dataset_uri)
+    height, width, channels = dataset.image_shape
     check_image_size(request.network, height, width)
+    check_task(request.network, request.training.objective, request.process, len(dataset.class_names))
     check_init_from(request.training.init_from, request.network, request.process, channels, request.store)
 
 
 def check_evaluate(request: EvaluateRequest, backend: BackendConfig) -> None:
-    check_services(request.store, backend, mlflow=request.mlflow_run_id is not None)
-    bundle = _measured(request, backend)
-    check_sampler("evaluation.sampler", request.evaluation.sampler, bundle.process)
+    bundle, evaluation = _measured(request, backend, request.mlflow_run_id is not None), request.evaluation
+    check_sampler("evaluation.sampler", evaluation.sampler, bundle.process)
+    check_likelihood("evaluation.likelihood", evaluation.likelihood, bundle.process)
+    shape, classes = bundle.image_shape, bundle.class_names
+    check_guidance("evaluation.guidance", evaluation.guidance, bundle.process, shape, classes, request.store)
 
 
 def check_compare(request: CompareRequest, backend: BackendConfig) -> None:
-    check_services(request.store, backend, mlflow=False)
-    bundle = _measured(request, backend)
-    check_contestants(request.comparison, bundle.process, bundle.class_names)
+    bundle, comparison = _measured(request, backend, mlflow=False), request.comparison
+    shape, classes = bundle.image_shape, bundle.class_names
+    check_contestants(comparison, bundle.process, classes)
+    for contestant in comparison.contestants:
+        field, guidance = f"{contestant.label}: guidance", comparison.guidance_of(contestant)
+        check_guidance(field, guidance, bundle.process, shape, classes, request.store)
 
 
-def _measured(request: EvaluateRequest | CompareRequest, backend: BackendConfig) -> BundleConfig:
+def _measured(request: EvaluateRequest | CompareRequest, backend: BackendConfig, mlflow: bool) -> BundleConfig:
     """The configuration of a bundle that is to be measured, which the dataset and the extractor suit."""
-    from diffusion_core.bundle import read_bundle_config
+    from diffusion_core.bundle import check_makes_images, read_bundle_config
     from diffusion_core.data.shards import open_dataset
 
     check_store(request.store)
+    check_services(request.store, backend, mlflow)
     check_resources("resources.evaluate", request.resources, backend)
     bundle, dataset = read_bundle_config(request.bundle_uri), open_dataset(request.dataset_uri)
+    check_makes_images(request.bundle_uri, bundle)
     if tuple(bundle.image_shape) != tuple(dataset.image_shape):
         raise UserError(
             f"The bundle makes images of {_shape(bundle.image_shape)}, but the dataset {request.dataset_uri} has "
@@ -117,14 +136,17 @@ def _measured(request: EvaluateRequest | CompareRequest, backend: BackendConfig)
 
 
 def check_generate(request: GenerateRequest, backend: BackendConfig) -> None:
-    from diffusion_core.bundle import read_bundle_config
+    from diffusion_core.bundle import check_makes_images, read_bundle_config
 
     check_store(request.store)
     check_services(request.store, backend, mlflow=request.model.startswith("models:"))
     check_resources("resources.generate", request.resources, backend)
     bundle = read_bundle_config(bundle_of(request.model, request.store))
+    check_makes_images(request.model, bundle)
     check_sampler("generation.sampler", request.generation.sampler, bundle.process)
-    check_labels(request.generation, bundle.class_names)
+    guidance, shape, classes = request.generation.guidance, bundle.image_shape, bundle.class_names
+    check_guidance("generation.guidance", guidance, bundle.process, shape, classes, request.store)
+    check_labels(request.generation, classes)
 
 
 def check_store(store: str) -> None:
@@ -162,7 +184,7 @@ def _check_local_source(uri: str, path: Path) -> None:
         raise UserError(f"source.uri: the file {uri} is empty.")
 
 
-def check_size(source: SourceConfig, dataset: DatasetConfig, network: UNetConfig) -> None:
+def check_size(source: SourceConfig, dataset: DatasetConfig, network: NetworkConfig) -> None:
     """The network can halve the images as often as it has levels."""
     size = dataset.size
     if source.kind is SourceKind.DIGITS:
@@ -207,6 +229,22 @@ def check_labels(generation: GenerationConfig, class_names: Sequence[str] | None
         resolve_labels(generation, class_names)
 
 
+def check_guidance(
+    field: str,
+    guidance: GuidanceConfig,
+    process: ProcessConfig,
+    image_shape: tuple[int, int, int] | None,
+    class_names: Sequence[str] | None,
+    store: str,
+) -> None:
+    """The models that guide are there and suit the one that they guide."""
+    for name, reference in guidance.models.items():
+        from diffusion_core.bundle import check_guide, read_bundle_config
+
+        guide = read_bundle_config(bundle_of(reference, store))
+        check_guide(f"{field}.{name}", guide, process, image_shape, class_names)
+
+
 def check_unmoved(init_from: str | None, model: str) -> None:
     """A pipeline does not start from an alias that it may move itself: done again, it would be another run."""
     if init_from and init_from.startswith(f"models:/{model}@"):
@@ -217,7 +255,7 @@ def check_unmoved(init_from: str | None, model: str) -> None:
 
 
 def check_init_from(
-    init_from: str | None, network: UNetConfig, process: ProcessConfig, channels: int, store: str
+    init_from: str | None, network: NetworkConfig, process: ProcessConfig, channels: int, store: str
 ) -> None:
     """Training can only start from weights that fit."""
     if init_from is None:

@@ -64,7 +64,10 @@ def _has_ended(job: Directory) -> bool:
 
 def _unused_runs(store: str) -> Iterator[Candidate]:
     used = {row["run"] for row in listing.models(store)}
-    used |= {row["run"] for row in listing.imagesets(store) if row["for"] == "use"}
+    for row in listing.imagesets(store):
+        if row["for"] == "use":
+            guides = Directory(row["uri"]).read_json("set.json").get("guides", {})
+            used |= {row["run"], *(guide["run_id"] for guide in guides.values())}
     root = Directory(store) / "runs"
     for row in listing.runs(store):
         if row["run"] not in used and row["bundle"]:  # without a bundle it is still in training, or waits to continue

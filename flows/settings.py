@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -43,8 +44,10 @@ def load_config(
     if preset and base and preset != base:
         raise UserError(f"--preset is {preset} but {file} starts from the preset {base}: leave one of them out.")
     if preset or base:
-        values = _merged(preset_values(preset or base), values)
+        values = _upon(preset or base, values)
     overrides = dict(_split_setting(text) for text in settings)
+    if "network.kind" in overrides:
+        _start_another_network(values, {"kind": overrides["network.kind"]})
     for path, value in overrides.items():
         _check_path(path, "--set")
         _put(values, path, value, "--set")
@@ -73,13 +76,15 @@ def preset_names() -> list[str]:
 
 
 def preset_values(name: object) -> dict[str, Any]:
-    """The fields that a preset sets."""
+    """The fields that a preset sets, with those of the preset that it starts from itself."""
     if name not in preset_names():
         raise UserError(
             f"There is no preset {name!r}{_nearest(str(name), preset_names())}; {_there_are(preset_names())}."
         )
     text = (resources.files("diffusion_core") / f"presets/{name}.yaml").read_text()
-    return _parsed(text, f"the preset {name}")
+    values = _parsed(text, f"the preset {name}")
+    base = values.pop("preset", None)
+    return _upon(base, values) if base else values
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -183,11 +188,13 @@ def field_paths(model: Any = PipelineConfig, prefix: str = "") -> list[str]:
 
 
 def _fields_of(annotation: Any) -> dict[str, Any]:
-    """The fields of a configuration class or of the first one in a union; none for a plain value."""
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return {name: field.annotation for name, field in candidate.model_fields.items()}
-    return {}
+    """The fields of a configuration class, or of all of those in a union; none for a plain value."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return {name: field.annotation for name, field in annotation.model_fields.items()}
+    fields: dict[str, Any] = {}
+    for member in get_args(annotation) if get_origin(annotation) in (Union, UnionType, Annotated) else ():
+        fields |= _fields_of(member)
+    return fields
 
 
 def _check_names(values: Mapping[str, Any], model: Any = PipelineConfig, prefix: str = "") -> None:
@@ -225,6 +232,22 @@ def _mend_source(values: dict[str, Any], explicit: bool) -> None:
     source = values.get("source")
     if isinstance(source, dict) and source.get("uri") and source.get("kind") == "digits" and not explicit:
         source["kind"] = "auto"
+
+
+def _start_another_network(values: dict[str, Any], network: Any) -> None:
+    """A network of another kind starts from its own defaults: what was said of the first one is dropped."""
+    before = values.get("network")
+    if not isinstance(before, dict) or not isinstance(network, dict):
+        return
+    if "kind" in network and network["kind"] != before.get("kind", "unet"):
+        del values["network"]
+
+
+def _upon(preset: object, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values that start from a preset."""
+    start = preset_values(preset)
+    _start_another_network(start, values.get("network"))
+    return _merged(start, values)
 
 
 def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from diffusion_core.data import Batch, write_dataset
-from diffusion_core.networks.config import UNetConfig
+from diffusion_core.networks.config import NetworkConfig, UNetConfig
 from diffusion_core.storage import Directory
 from diffusion_core.training.checkpoint import load_newest
 from diffusion_core.training.config import TrainingConfig
@@ -42,7 +42,7 @@ def toy_network(**changes: Any) -> UNetConfig:
     return UNetConfig(**{**values, **changes})
 
 
-def toy_spec(dataset_uri: str, network: UNetConfig | None = None, **training: Any) -> TrainSpec:
+def toy_spec(dataset_uri: str, network: NetworkConfig | None = None, **training: Any) -> TrainSpec:
     """Batches of 10 in microbatches of 4, 4 and 2; one checkpoint in 50 images."""
     values = {
         "batch_size": 10,

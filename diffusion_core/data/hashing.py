@@ -16,7 +16,6 @@ from diffusion_core.config import digest
 from diffusion_core.data.config import DatasetConfig
 from diffusion_core.data.sources import Source
 from diffusion_core.data.sources.listing import SourceFile
-from diffusion_core.patience import StoreUnavailable
 from diffusion_core.storage import Directory
 
 CACHE = "source-hashes.parquet"
@@ -67,8 +66,6 @@ class HashCache:
             return pq.read_table(pa.BufferReader(self._directory.read(CACHE)), schema=_SCHEMA)
         except FileNotFoundError:
             pass
-        except StoreUnavailable:
-            raise
         except (pa.ArrowException, OSError) as error:
             log.warning("%s/%s is damaged (%s): the source is hashed again.", self._directory.uri, CACHE, error)
         return _SCHEMA.empty_table()
@@ -81,8 +78,6 @@ def hash_files(source: Source, files: Sequence[SourceFile]) -> Iterator[Hashed]:
         try:
             return file.key, source.hash(file), ""
         except OSError as error:
-            if not source.place.is_local and not isinstance(error, FileNotFoundError):
-                raise  # the network is no property of the file
             return file.key, "", f"unreadable: {error.strerror or 'gone since it was listed'}"
 
     with ThreadPoolExecutor(_THREADS) as threads:

@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 
 from diffusion_core.config import UserError, digest
 from diffusion_core.data.config import DatasetConfig
-from diffusion_core.patience import StoreUnavailable
 from diffusion_core.storage import Directory
 
 SCHEMA_VERSION = 1
@@ -118,8 +117,6 @@ class ImageDataset:
             batch = decode_shard(self.directory.read(record["file"]), with_keys)
         except FileNotFoundError as error:
             raise UserError(f"The dataset {self.uri} is damaged: {record['file']} is missing.") from error
-        except StoreUnavailable:
-            raise
         except (pa.ArrowException, OSError, ValueError) as error:
             raise UserError(f"The dataset {self.uri} is damaged: {record['file']} cannot be read ({error}).") from error
         if batch.images.shape != (record["rows"], *self.image_shape):

@@ -11,18 +11,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffusion_core.diffusion.config import (
-        GuidanceConfig,
-        Prediction,
-        ProcessConfig,
-        SamplerConfig,
-        SamplerKind,
-        ScheduleKind,
-        Spacing,
-        Threshold,
-        Variance,
-    )
+    from diffusion_core.diffusion.config import GuidanceConfig, ProcessConfig, SamplerConfig
     from diffusion_core.diffusion.denoiser import Denoiser
+    from diffusion_core.diffusion.kinds import Prediction, SamplerKind, ScheduleKind, Spacing, Threshold, Variance
+    from diffusion_core.diffusion.likelihood import dequantised, log_likelihood, timestep_rms, variational_bound
     from diffusion_core.diffusion.noise import (
         KeyedNoise,
         keyed_integers,
@@ -30,25 +22,21 @@ if TYPE_CHECKING:
         keyed_permutation,
         keyed_uniform,
     )
+    from diffusion_core.diffusion.objective import Objective, training_times
+    from diffusion_core.diffusion.objective_config import LossKind, ObjectiveConfig, TimeDraw, Weighting
     from diffusion_core.diffusion.pixels import from_uint8, images_from_network, images_to_network, to_uint8
     from diffusion_core.diffusion.process import GaussianProcess, make_process
     from diffusion_core.diffusion.samplers import build_sampler, make_sampler
     from diffusion_core.diffusion.schedules import DiscreteSchedule, NoiseSchedule, make_schedule
 
 _HOME = {
-    "config": (
-        "GuidanceConfig",
-        "Prediction",
-        "ProcessConfig",
-        "SamplerConfig",
-        "SamplerKind",
-        "ScheduleKind",
-        "Spacing",
-        "Threshold",
-        "Variance",
-    ),
+    "config": ("GuidanceConfig", "ProcessConfig", "SamplerConfig"),
     "denoiser": ("Denoiser",),
+    "kinds": ("Prediction", "SamplerKind", "ScheduleKind", "Spacing", "Threshold", "Variance"),
+    "likelihood": ("dequantised", "log_likelihood", "timestep_rms", "variational_bound"),
     "noise": ("KeyedNoise", "keyed_integers", "keyed_normal", "keyed_permutation", "keyed_uniform"),
+    "objective": ("Objective", "training_times"),
+    "objective_config": ("LossKind", "ObjectiveConfig", "TimeDraw", "Weighting"),
     "pixels": ("from_uint8", "images_from_network", "images_to_network", "to_uint8"),
     "process": ("GaussianProcess", "make_process"),
     "samplers": ("build_sampler", "make_sampler"),
@@ -62,7 +50,10 @@ __all__ = [
     "GaussianProcess",
     "GuidanceConfig",
     "KeyedNoise",
+    "LossKind",
     "NoiseSchedule",
+    "Objective",
+    "ObjectiveConfig",
     "Prediction",
     "ProcessConfig",
     "SamplerConfig",
@@ -70,8 +61,11 @@ __all__ = [
     "ScheduleKind",
     "Spacing",
     "Threshold",
+    "TimeDraw",
     "Variance",
+    "Weighting",
     "build_sampler",
+    "dequantised",
     "from_uint8",
     "images_from_network",
     "images_to_network",
@@ -79,10 +73,14 @@ __all__ = [
     "keyed_normal",
     "keyed_permutation",
     "keyed_uniform",
+    "log_likelihood",
     "make_process",
     "make_sampler",
     "make_schedule",
+    "timestep_rms",
     "to_uint8",
+    "training_times",
+    "variational_bound",
 ]
 
 

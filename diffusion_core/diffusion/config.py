@@ -5,100 +5,12 @@ Nothing here imports torch, so that a configuration is validated without waiting
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import Any, Self
+from typing import Any
 
 from pydantic import Field, model_validator
 
-from diffusion_core.config import Config, UserError, later
-
-
-class Choice(StrEnum):
-    """An enumeration whose members carry a one-line explanation (`.explanation`), shown in forms and in the help."""
-
-    explanation: str
-
-    def __new__(cls, value: str, explanation: str = "") -> Self:
-        member = str.__new__(cls, value)
-        member._value_ = value
-        member.explanation = explanation
-        return member
-
-    @classmethod
-    def explained(cls) -> str:
-        """All choices with their explanations, as one sentence for a field's description."""
-        return "; ".join(f"{member.value}: {member.explanation}" for member in cls) + "."
-
-
-class ScheduleKind(Choice):
-    """How fast an image turns into noise."""
-
-    LINEAR = "linear", "variance grows linearly (Ho et al. 2020), scaled to any number of timesteps"
-    SCALED_LINEAR = "scaled_linear", "as quadratic, between the bounds of latent diffusion (Rombach et al. 2022)"
-    COSINE = "cosine", "signal follows a squared cosine, gentler at both ends (Nichol & Dhariwal 2021)"
-    QUADRATIC = "quadratic", "the square root of the variance grows linearly, slower at the start than linear"
-    SIGMOID = "sigmoid", "variance follows a logistic curve, flat at both ends"
-    VP = "vp", "the variance-preserving SDE, linear in continuous time (Song et al. 2021)"
-    VE = "ve", "the variance-exploding SDE, noise up to sigma_max on an unscaled image (Song et al. 2021)"
-    EDM = "edm", "time is the noise level sigma itself, drawn log-normally in training (Karras et al. 2022)"
-    FLOW = "flow", "straight lines from image to noise: flow matching, rectified flow (Lipman et al. 2023)"
-
-    @property
-    def is_discrete(self) -> bool:
-        """Whether it is a table of timesteps; the others have continuous time."""
-        return self not in (ScheduleKind.VP, ScheduleKind.VE, ScheduleKind.EDM, ScheduleKind.FLOW)
-
-
-class Prediction(Choice):
-    """What the network predicts."""
-
-    EPSILON = "epsilon", "the noise that was added"
-    X0 = "x0", "the clean image"
-    V = "v", "the velocity alpha * epsilon - sigma * x0 (Salimans & Ho 2022)"
-    FLOW = "flow", "the velocity epsilon - x0 of flow matching (Lipman et al. 2023)"
-    EDM = "edm", "a mixture of image and noise of unit variance at every noise level (Karras et al. 2022)"
-
-
-class Variance(Choice):
-    """Variance of one ancestral step from t to s."""
-
-    FIXED_SMALL = "fixed_small", "that of the posterior q(x_s | x_t, x_0), right for data of no variance"
-    FIXED_LARGE = "fixed_large", "that of the forward step q(x_t | x_s), right for data of unit variance"
-
-
-class SamplerKind(Choice):
-    """How an image is made out of noise."""
-
-    DDPM = "ddpm", "ancestral sampling, noise at every step but the last; best with many steps (Ho et al. 2020)"
-    DDIM = "ddim", "deterministic at eta = 0, good from about 20 steps on (Song et al. 2021)"
-    EULER = "euler", "first order on the probability-flow ODE, with churn if wanted (Karras et al. 2022)"
-    HEUN = "heun", "second order, two evaluations a step, with churn if wanted (Karras et al. 2022)"
-    DPMPP_2M = "dpmpp_2m", "DPM-Solver++ of second order, good from about 15 steps on (Lu et al. 2022)"
-    DPMPP_3M = "dpmpp_3m", "DPM-Solver++ of third order, for models without strong guidance (Lu et al. 2022)"
-    DPMPP_2M_SDE = "dpmpp_2m_sde", "DPM-Solver++ of second order with noise at every step (Lu et al. 2022)"
-    DPMPP_3M_SDE = "dpmpp_3m_sde", "DPM-Solver++ of third order with noise at every step (Lu et al. 2022)"
-    UNIPC = "unipc", "predictor and corrector of any order, good from about 10 steps on (Zhao et al. 2023)"
-    PREDICTOR_CORRECTOR = (
-        "predictor_corrector",
-        "ancestral steps with Langevin corrections in between, slow and robust (Song et al. 2021)",
-    )
-
-
-class Spacing(Choice):
-    """Which of the training timesteps are visited by a sampler with fewer steps."""
-
-    TRAILING = "trailing", "evenly from the very last timestep down; always starts at full noise"
-    LEADING = "leading", "evenly from timestep 0 up; the last timesteps are not visited"
-    LINSPACE = "linspace", "evenly from the last timestep to timestep 0, both included"
-    KARRAS = "karras", "densely at low noise: sigma / alpha to the power 1 / rho falls evenly (Karras et al. 2022)"
-
-
-class Threshold(Choice):
-    """What is done to the predicted clean image at every step, to keep it in the range of images."""
-
-    NONE = "none", "nothing"
-    STATIC = "static", "clamped to the range [-1, 1]"
-    DYNAMIC = "dynamic", "divided by a quantile of its magnitudes where that exceeds 1 (Saharia et al. 2022)"
+from diffusion_core.config import Config, UserError, execution, later
+from diffusion_core.diffusion.kinds import Prediction, SamplerKind, ScheduleKind, Spacing, Threshold, Variance
 
 
 class ProcessConfig(Config):
@@ -143,6 +55,10 @@ class ProcessConfig(Config):
         for name in ("sigma_min", "sigma_max"):
             if getattr(self, name) is not None and not exploding:
                 raise ValueError(f"{name} is for the schedules ve and edm only: leave it out for {self.schedule}")
+        if self.variance is Variance.LEARNED_RANGE and not self.schedule.is_discrete:
+            raise ValueError(
+                f"variance learned_range is for the schedules with timesteps: choose fixed_small for {self.schedule}"
+            )
         if self.sigma_data != 0.5 and self.prediction is not Prediction.EDM:
             raise ValueError(f"sigma_data is for the prediction edm only: leave it at 0.5 for {self.prediction}")
         return self
@@ -166,6 +82,10 @@ class ProcessConfig(Config):
                 "with the noise: choose edm, epsilon or x0"
             )
         return self
+
+    def output_channels(self, channels: int) -> int:
+        """Channels of a network's output for images of so many: twice them where it tells the variance too."""
+        return 2 * channels if self.variance is Variance.LEARNED_RANGE else channels
 
     def schedule_options(self) -> dict[str, Any]:
         """What `make_schedule` is told besides kind and timesteps."""
@@ -273,10 +193,35 @@ def check_sampler(field: str, sampler: SamplerConfig, process: ProcessConfig) ->
 
 
 class GuidanceConfig(Config):
-    """Classifier-free guidance (Ho & Salimans 2022): u + scale * (c - u), c with the label and u without."""
+    """Guidance u + scale * (c - u), away from a weaker prediction u.
+
+    c is that of the model, with the label; u is the model's own without it (classifier-free guidance, Ho & Salimans
+    2022), or that of a weaker model, the guide (autoguidance, Karras et al. 2024). A classifier may guide as well.
+    """
 
     scale: float = Field(
         1.0, ge=0.0, le=100.0, description="Guidance scale: 0 ignores the label, 1 is neutral, more follows it more."
+    )
+    guide: str | None = execution(
+        None,
+        min_length=1,
+        description="Autoguidance: bundle URI or models:/name@alias of a weaker model of the same images and process, "
+        "as a smaller or less trained one, to guide away from instead of leaving the label out. The digest of that "
+        "bundle, not its name, is part of the ids of what it guides.",
+    )
+    classifier: str | None = execution(
+        None,
+        min_length=1,
+        description="Classifier guidance: bundle URI or models:/name@alias of a classifier of noisy images, trained "
+        "with network.kind classifier and the same process. Its digest, not its name, is part of the ids of what it "
+        "guides.",
+    )
+    classifier_scale: float = later(
+        0.0,
+        ge=0.0,
+        le=1000.0,
+        description="Classifier guidance (Dhariwal & Nichol 2021): weight of the gradient of log p(label | x_t); 0 is "
+        "neutral. It adds to what the scale does.",
     )
     rescale: float = later(
         0.0,
@@ -306,3 +251,15 @@ class GuidanceConfig(Config):
         if low is not None and high is not None and low >= high:
             raise ValueError(f"min_log_snr {low} must be below max_log_snr, which is {high}")
         return self
+
+    @model_validator(mode="after")
+    def _there_is_a_classifier(self) -> GuidanceConfig:
+        if self.classifier_scale and not self.classifier:
+            raise ValueError(f"classifier_scale is {self.classifier_scale:g}, which needs a classifier to be named")
+        return self
+
+    @property
+    def models(self) -> dict[str, str]:
+        """References of the other models that take part, by the name of their field: those that are not neutral."""
+        guide = {"guide": self.guide} if self.guide and self.scale != 1.0 else {}
+        return {**guide, **({"classifier": self.classifier} if self.classifier and self.classifier_scale else {})}

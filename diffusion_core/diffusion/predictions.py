@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from diffusion_core.diffusion.config import Prediction
+from diffusion_core.diffusion.kinds import Prediction
 
 
 class Reading(ABC):

@@ -9,10 +9,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion_core.config import UserError
-from diffusion_core.diffusion.config import Prediction, ProcessConfig, Variance
+from diffusion_core.diffusion.config import ProcessConfig
+from diffusion_core.diffusion.kinds import Prediction, Variance
 from diffusion_core.diffusion.losses import simple_loss
 from diffusion_core.diffusion.predictions import EDMReading, Reading, make_reading
 from diffusion_core.diffusion.schedules import NoiseSchedule, Time, make_schedule
@@ -25,7 +27,8 @@ class Network(Protocol):
 
 
 class Posterior(NamedTuple):
-    """A Gaussian over x_s: `mean` has the shape of x_t, the variances are (N, 1, ..., 1) and of the same dtype."""
+    """A Gaussian over x_s: `mean` has the shape of x_t, the variances are (N, 1, ..., 1) and of the same dtype; learned
+    ones have the shape of x_t."""
 
     mean: Tensor
     variance: Tensor
@@ -41,7 +44,8 @@ class GaussianProcess:
     Args:
         schedule: alpha(t) and sigma(t).
         prediction: what the network's output stands for.
-        variance: the variance of an ancestral step.
+        variance: the variance of an ancestral step. With learned_range networks put out twice the channels, which
+            `split` takes apart; all other methods want the prediction alone.
         sigma_data: standard deviation of the images, for the prediction edm.
 
     Raises:
@@ -79,13 +83,39 @@ class GaussianProcess:
         """
         return self._step(x0, x_t, t, s, Variance.FIXED_SMALL)
 
-    def p_step(self, x0_hat: Tensor, x_t: Tensor, t: Time, s: Time | None = None) -> Posterior:
+    def p_step(
+        self, x0_hat: Tensor, x_t: Tensor, t: Time, s: Time | None = None, fraction: Tensor | None = None
+    ) -> Posterior:
         """p(x_s | x_t) of the model: the posterior's mean at x0_hat, with the variance that the process has chosen.
 
         With the variance fixed_large the step to the clean image keeps the forward variance, as in the paper; a
         sampler draws no noise there all the same.
+
+        Args:
+            fraction: of the variance learned_range, as from `split`. Its logarithm is interpolated between those of
+                `posterior` and of the forward step (Nichol & Dhariwal 2021, eq. 15).
+
+        Raises:
+            ValueError: if the variance is learned and `fraction` is missing.
         """
-        return self._step(x0_hat, x_t, t, s, self.variance)
+        return self._step(x0_hat, x_t, t, s, self.variance, fraction)
+
+    def split(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A network's output, (N, C, ...) or with a learned variance (N, 2C, ...), as prediction and variance.
+
+        Returns:
+            The prediction (N, C, ...), and where the variance lies: None unless it is learned; then (N, C, ...) of at
+            least float32, 0 at the posterior's and 1 at the forward step's, for outputs of -1 and 1; not clamped.
+
+        Raises:
+            ValueError: if the variance is learned and the number of channels is odd.
+        """
+        if self.variance is not Variance.LEARNED_RANGE:
+            return output, None
+        if output.shape[1] % 2:
+            raise ValueError(f"a learned variance needs twice the channels of the images, not {output.shape[1]}")
+        prediction, v = output.chunk(2, dim=1)
+        return prediction, (_wide(v) + 1.0) / 2.0
 
     def predict_x0(self, x_t: Tensor, t: Time, output: Tensor, prediction: Prediction | str | None = None) -> Tensor:
         """x0 from a network's output, read as `prediction` (default: the process's own)."""
@@ -117,6 +147,14 @@ class GaussianProcess:
         x0, alpha, sigma = self._gather(x0, t)
         return self._reading(prediction).target(x0, noise.to(x0.dtype), alpha, sigma)
 
+    def output_gain(self, t: Time) -> Tensor:
+        """How much x0 changes with a unit of the network's output at a given x_t: float64, of the shape of t.
+
+        Its square turns the squared error of an output into that of x0.
+        """
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        return self._reading(None).x0(torch.zeros_like(alpha), torch.ones_like(alpha), alpha, sigma)
+
     def network_inputs(self, x_t: Tensor, t: Time) -> tuple[Tensor, Tensor]:
         """What the network is called with: x_t, scaled where the schedule or the prediction wants it, and times (N,).
 
@@ -144,22 +182,33 @@ class GaussianProcess:
             noise: standard normal, of the shape of x0.
 
         Returns:
-            (N,) float32 (float64 if x0 is): mean squared error between the network's output and its target.
+            (N,) float32 (float64 if x0 is): mean squared error between the network's prediction and its target.
         """
         output = network(*self.network_inputs(self.q_sample(x0, t, noise), t), **cond)
-        return simple_loss(output, self.target(x0, t, noise))
+        return simple_loss(self.split(output)[0], self.target(x0, t, noise))
 
-    def _step(self, x0: Tensor, x_t: Tensor, t: Time, s: Time | None, kind: Variance) -> Posterior:
+    def classification_losses(self, classifier: Network, x0: Tensor, t: Tensor, noise: Tensor, label: Tensor) -> Tensor:
+        """Cross-entropy (N,) of a classifier of noisy images, called as classifier(x_t, t); see `training_losses`."""
+        logits = classifier(*self.network_inputs(self.q_sample(x0, t, noise), t))
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), label, reduction="none")
+
+    def _step(
+        self, x0: Tensor, x_t: Tensor, t: Time, s: Time | None, kind: Variance, fraction: Tensor | None = None
+    ) -> Posterior:
         x_t = _wide(x_t)
         t = torch.as_tensor(t, dtype=torch.float64, device=x_t.device)
         s = t - 1 if s is None else torch.as_tensor(s, dtype=torch.float64, device=x_t.device)
         step = self.schedule.transition(s, t)
         mean = _column(step.x_t_coefficient, x_t) * x_t + _column(step.x0_coefficient, x_t) * x0
         if kind is Variance.FIXED_LARGE:
-            variance, floored = step.forward_variance, step.forward_variance
-        else:
-            variance, floored = step.posterior_variance, self._floored(step.posterior_variance, s, t)
-        return Posterior(mean, _column(variance, x_t), _column(torch.log(floored), x_t))
+            return Posterior(mean, _column(step.forward_variance, x_t), _column(torch.log(step.forward_variance), x_t))
+        low = _column(torch.log(self._floored(step.posterior_variance, s, t)), x_t)
+        if kind is Variance.FIXED_SMALL:
+            return Posterior(mean, _column(step.posterior_variance, x_t), low)
+        if fraction is None:
+            raise ValueError("the variance learned_range needs `fraction`, where the network says that it lies")
+        log_variance = low + fraction.to(x_t.dtype) * (_column(torch.log(step.forward_variance), x_t) - low)
+        return Posterior(mean, torch.exp(log_variance), log_variance)
 
     def _floored(self, variance: Tensor, s: Tensor, t: Tensor) -> Tensor:
         """The variance with its zeros (at s = t_clean) replaced by that of the step from t + (t - s) to t."""

@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import Field
 
 from diffusion_core.config import Config, UserError
-from diffusion_core.diffusion.config import ProcessConfig, Spacing, check_sampler
+from diffusion_core.diffusion.config import ProcessConfig, check_sampler
+from diffusion_core.diffusion.kinds import Spacing
 from diffusion_core.evaluation.config import ComparisonConfig, Contestant
 
 CONFIDENCE = 0.95
@@ -45,7 +46,7 @@ class Standing(Config):
     kind: str = Field(description="Kind of its sampler.")
     steps: int
     guidance: str = Field(description="Its guidance scale, and whether only in an interval of noise levels.")
-    evaluations: float = Field(description="Rows given to the network for one image; a guided call counts two.")
+    evaluations: float = Field(description="Rows given to networks for one image; a guided call counts two.")
     distance: Mean = Field(description="Fréchet distance to the train split.")
     precision: Mean
     recall: Mean
@@ -104,11 +105,12 @@ Cell = Mapping[str, float]
 def check_contestants(config: ComparisonConfig, process: ProcessConfig, class_names: Sequence[str]) -> None:
     """Every contestant suits the model. `UserError` about the first that does not."""
     for contestant in config.contestants:
-        field, scale = f"comparison.contestants {contestant.label}", config.guidance_of(contestant).scale
-        check_sampler(f"{field}: sampler", contestant.sampler, process)
-        if scale != 1 and not class_names:
+        guidance = config.guidance_of(contestant)
+        check_sampler(f"{contestant.label}: sampler", contestant.sampler, process)
+        if guidance.scale != 1 and not guidance.guide and not class_names:
             raise UserError(
-                f"{field}: guidance.scale {scale:g} is not accepted for a model without classes, which takes only 1."
+                f"{contestant.label}: guidance.scale {guidance.scale:g} is not accepted for a model without classes, "
+                "which takes only 1, or a guide."
             )
 
 
@@ -173,9 +175,14 @@ def _series(config: ComparisonConfig, contestant: Contestant) -> str:
 
 
 def _guidance(config: ComparisonConfig, contestant: Contestant) -> str:
+    """The guidance of a contestant in a word, as `1.5`, `1.5 in part`, `2 by guide`, or `1 + 3 by classifier`."""
     guidance = config.guidance_of(contestant)
-    always = guidance.scale == 1 or (guidance.min_log_snr is None and guidance.max_log_snr is None)
-    return f"{guidance.scale:g}" + ("" if always else " in part")
+    words = [f"{guidance.scale:g}"]
+    words += ["by guide"] if "guide" in guidance.models else []
+    words += [f"+ {guidance.classifier_scale:g} by classifier"] if guidance.classifier_scale else []
+    neutral = guidance.scale == 1 and not guidance.classifier_scale
+    words += [] if neutral or (guidance.min_log_snr is None and guidance.max_log_snr is None) else ["in part"]
+    return " ".join(words)
 
 
 def verdict(config: ComparisonConfig, standings: Sequence[Standing], failed: Mapping[str, str]) -> Verdict | None:

@@ -8,8 +8,9 @@ from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from diffusion_core.config import Config, execution
-from diffusion_core.diffusion.config import GuidanceConfig, SamplerConfig, Spacing
+from diffusion_core.config import Config, UserError, execution, later
+from diffusion_core.diffusion.config import GuidanceConfig, ProcessConfig, SamplerConfig
+from diffusion_core.diffusion.kinds import Choice, Spacing
 
 
 class Extractor(StrEnum):
@@ -51,6 +52,41 @@ class ClassifierConfig(Config):
     threads: int = Field(1, ge=1, le=256, description="CPU threads of training and of extraction.")
 
 
+class LikelihoodMethod(Choice):
+    """How the likelihood of held-out images is measured."""
+
+    BOUND = "bound", "the variational bound, one evaluation of the network a step; tight with all timesteps only"
+    EXACT = "exact", "exactly, by the probability-flow ODE: four evaluations with their gradient a step"
+
+
+class LikelihoodConfig(Config):
+    """Bits per dimension of held-out images."""
+
+    images: int = Field(0, ge=0, le=1_000_000, description="Held-out images whose likelihood is measured; 0: none.")
+    method: LikelihoodMethod = Field(
+        LikelihoodMethod.BOUND, description=f"How it is measured. {LikelihoodMethod.explained()}"
+    )
+    steps: int = Field(
+        100, ge=2, le=100_000, description="Steps of the method; the bound takes at most the timesteps of the process."
+    )
+    probes: int = Field(1, ge=1, le=1000, description="Exact only: random probes of each divergence.")
+
+    @model_validator(mode="after")
+    def _probes_are_of_the_exact_method(self) -> Self:
+        if self.probes != 1 and self.method is not LikelihoodMethod.EXACT:
+            raise ValueError("probes is for the method exact only: leave it at 1")
+        return self
+
+
+def check_likelihood(field: str, likelihood: LikelihoodConfig, process: ProcessConfig) -> None:
+    """`UserError` if the bound is asked for more steps than the model's process has timesteps."""
+    bound = likelihood.images and likelihood.method is LikelihoodMethod.BOUND
+    if bound and likelihood.steps > process.timesteps:
+        raise UserError(
+            f"{field}.steps: {likelihood.steps} is more than the {process.timesteps} timesteps of the model's process."
+        )
+
+
 class EvaluationConfig(Config):
     """How a model bundle is measured against a dataset version."""
 
@@ -75,6 +111,9 @@ class EvaluationConfig(Config):
     sampler: SamplerConfig = Field(SamplerConfig(), description="Sampler that makes the samples.")
     guidance: GuidanceConfig = Field(GuidanceConfig(), description="Guidance of the samples.")
     batch_size: int = Field(64, ge=1, le=65_536, description="Images that one worker samples together.")
+    likelihood: LikelihoodConfig = later(
+        LikelihoodConfig(), description="Bits per dimension of held-out images, if wanted."
+    )
     neighbours: int = Field(
         3, ge=1, le=100, description="k of the k-nearest-neighbour manifold of precision and recall."
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pydantic import Field, field_validator
 
 from diffusion_core.config import Config, execution
-from diffusion_core.diffusion.config import Choice, GuidanceConfig, SamplerConfig
+from diffusion_core.diffusion.config import GuidanceConfig, SamplerConfig
+from diffusion_core.diffusion.kinds import Choice
 
 MAX_IMAGE_ID = 2**62
 
@@ -36,7 +37,9 @@ class GenerationConfig(Config):
     """
 
     sampler: SamplerConfig = Field(default_factory=SamplerConfig, description="The sampler and its number of steps.")
-    guidance: GuidanceConfig = Field(default_factory=GuidanceConfig, description="Classifier-free guidance.")
+    guidance: GuidanceConfig = Field(
+        default_factory=GuidanceConfig, description="Guidance, by leaving the label out or by a weaker model."
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of all noise.")
     labels: str | tuple[int | str, ...] = Field(
         "balanced",

@@ -24,8 +24,9 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field
 
-from diffusion_core.bundle import BundleConfig
+from diffusion_core.bundle import BundleConfig, bundle_digest, check_guide, check_makes_images, read_bundle_config
 from diffusion_core.config import Config, UserError, digest, identity
 from diffusion_core.diffusion.config import check_sampler
 from diffusion_core.generation import tables
@@ -57,6 +58,7 @@ class SetDescription(Config):
     labels: str
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
+    guides: dict[str, dict[str, str]] = Field(default_factory=dict)  # digest, run_id of the others that take part
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,17 @@ class ImageSet:
     def generation(self) -> GenerationConfig:
         """The identity of the generation; its `labels` field is not set, see `labels`."""
         return GenerationConfig.model_validate(self.description.generation)
+
+    def guided_by(self, uris: dict[str, str] | None = None) -> GenerationConfig:
+        """`generation`, with guide and classifier where they are now; `UserError` if they are others than planned."""
+        guidance = self.generation.guidance
+        found = {name: (uris or {}).get(name) or getattr(guidance, name) for name in self.description.guides}
+        for name, planned in self.description.guides.items():
+            if bundle_digest(found[name]) != planned["digest"]:
+                raise UserError(
+                    f"The {name} {found[name]} is not that which the image set {self.uri} was planned with."
+                )
+        return self.generation.model_copy(update={"guidance": guidance.model_copy(update=found)})
 
     @cached_property
     def labels(self) -> Labels:
@@ -298,29 +311,30 @@ class ImageSet:
         return UserError(f"Image {image_id} is not in the image set {self.uri}.")
 
 
-def describe(
-    store: str, bundle_uri: str, bundle_digest: str, bundle: BundleConfig, config: GenerationConfig
-) -> ImageSet:
+def describe(store: str, bundle_uri: str, bundle_id: str, bundle: BundleConfig, config: GenerationConfig) -> ImageSet:
     """The image set that a configuration means, `<store>/images/<set id>`; nothing is written.
 
     Raises:
         UserError: the configuration does not suit the model (see also `labels.resolve_labels`).
     """
+    check_makes_images(bundle_uri, bundle)
+    guides = _guides(bundle, config)
     _check_suits(bundle, config)
     labels = resolve_labels(config, bundle.class_names)
     kept = {name: item for name, item in identity(config).items() if name not in _LABEL_FIELDS}
-    set_id = digest("image set", SCHEMA_VERSION, bundle_digest, kept, labels.identity())
-    dumped = config.model_dump(mode="json", include=set(kept) - {"algorithm_version"})
+    guided = [f"{name} {guide['digest']}" for name, guide in guides.items()]
+    set_id = digest("image set", SCHEMA_VERSION, bundle_id, kept, labels.identity(), *guided)
     description = SetDescription(
         set_id=set_id,
         bundle_uri=bundle_uri,
-        bundle_digest=bundle_digest,
+        bundle_digest=bundle_id,
         run_id=bundle.run_id,
         dataset=bundle.dataset.model_dump(),
-        generation=dumped,
+        generation=config.model_dump(mode="json", include=set(kept) - {"algorithm_version"}),
         labels=labels.identity(),
         class_names=bundle.class_names,
         image_shape=bundle.image_shape,
+        guides=guides,
     )
     return ImageSet(Directory(store) / f"images/{set_id}", description, labels)
 
@@ -339,12 +353,22 @@ def open_imageset(uri: str | Directory) -> ImageSet:
         raise UserError(f"{place.uri} is not an image set: its {SET} cannot be read.") from error
 
 
+def _guides(bundle: BundleConfig, config: GenerationConfig) -> dict[str, dict[str, str]]:
+    """The other models that change the images."""
+    found = {}
+    for name, uri in config.guidance.models.items():
+        guide = read_bundle_config(uri)
+        check_guide(f"generation.guidance.{name}", guide, bundle.process, bundle.image_shape, bundle.class_names)
+        found[name] = {"digest": bundle_digest(uri), "run_id": guide.run_id}
+    return found
+
+
 def _check_suits(bundle: BundleConfig, config: GenerationConfig) -> None:
     check_sampler("generation.sampler", config.sampler, bundle.process)
-    if not bundle.class_names and config.guidance.scale != 1:
+    if not bundle.class_names and config.guidance.scale != 1 and config.guidance.guide is None:
         raise UserError(
             f"generation.guidance.scale: {config.guidance.scale:g} needs a model with classes, and this one has none: "
-            "leave it at 1."
+            "leave it at 1, or give a guide."
         )
     height, width, channels = bundle.image_shape
     largest = 2**31 // (height * width * channels)

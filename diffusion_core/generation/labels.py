@@ -13,7 +13,6 @@ import numpy as np
 
 from diffusion_core.config import UserError, digest
 from diffusion_core.generation.config import GenerationConfig
-from diffusion_core.patience import StoreUnavailable
 from diffusion_core.storage import Directory
 
 
@@ -82,8 +81,6 @@ def _read_file(uri: str, column: str) -> list[int | str]:
         entries = list(_entries(name.lower(), data, column))
     except FileNotFoundError as error:
         raise UserError(f"generation.labels: the label file {uri} does not exist.") from error
-    except StoreUnavailable:
-        raise
     except (ValueError, OSError) as error:
         raise UserError(f"generation.labels: the label file {uri} cannot be read: {error}") from error
     except KeyError as error:

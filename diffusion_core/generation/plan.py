@@ -8,7 +8,7 @@ follows from that log: the number of each shard, the plan tables, the names of t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from diffusion_core.storage import Directory
@@ -45,6 +45,7 @@ class ShardTask:
     bundle_uri: str
     model_version: str
     device: str = "cpu"
+    guide_uris: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

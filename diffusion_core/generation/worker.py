@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion_core.bundle import Bundle, load_bundle
+from diffusion_core.bundle import Bundle, check_guide, load_bundle
 from diffusion_core.config import UserError
-from diffusion_core.diffusion import Denoiser, KeyedNoise, build_sampler, images_from_network
+from diffusion_core.diffusion import Denoiser, GaussianProcess, KeyedNoise, build_sampler, images_from_network
+from diffusion_core.diffusion.schedules import Time
 from diffusion_core.generation.config import GenerationConfig, SamplingPrecision
 from diffusion_core.generation.imageset import ImageSet, open_imageset
 from diffusion_core.generation.plan import Shard, ShardTask
@@ -39,7 +40,7 @@ class Generator:
 
     Args:
         bundle: a loaded bundle; its network is moved to the layout that suits the device.
-        config: how to sample (identity fields only).
+        config: how to sample; the models that guide are loaded from where it says.
         device: where the bundle's network is.
     """
 
@@ -56,9 +57,42 @@ class Generator:
         self._layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         bundle.network.to(memory_format=self._layout)  # type: ignore[call-overload]
         self._network = _Watched(bundle.network, config.precision, self.device, self._layout)
+        self._guide = self._load_guide("guide", config.precision)
+        self._classifier = self._load_guide("classifier", SamplingPrecision.FLOAT32)  # its gradient is wanted
+        others = [guide[0] for guide in (self._guide, self._classifier) if guide is not None]
+        self._watched = [self._network, *others]
         self._sampler = build_sampler(config.sampler, bundle.process)
         height, width, channels = bundle.config.image_shape
         self._shape = (channels, height, width)
+
+    def _load_guide(self, name: str, precision: SamplingPrecision) -> tuple[_Watched, GaussianProcess] | None:
+        """Another model that takes part, on the same device, with its process; None if there is none."""
+        uri = self.config.guidance.models.get(name)
+        if uri is None:
+            return None
+        guide, ours = load_bundle(uri, self.device), self.bundle.config
+        check_guide(f"generation.guidance.{name}", guide.config, ours.process, ours.image_shape, ours.class_names)
+        guide.network.to(memory_format=self._layout)  # type: ignore[call-overload]
+        return _Watched(guide.network, precision, self.device, self._layout), guide.process
+
+    def _denoiser(self, cond: dict[str, Tensor] | None, count: int) -> Denoiser:
+        """That of one batch."""
+        for watched in self._watched:
+            watched.watch(count)
+        guide = self._guide[0] if self._guide else None
+        classifier = self._logits if self._classifier else None
+        threshold, guidance = self.config.sampler, self.config.guidance
+        return Denoiser(self.bundle.process, self._network, cond, guidance, threshold, guide, classifier)
+
+    def _logits(self, x_t: Tensor, t: Time) -> Tensor:
+        assert self._classifier is not None
+        network, process = self._classifier
+        return network(*process.network_inputs(x_t, t))
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The networks that are called to make images: the bundle's, and those that guide."""
+        return list(self._watched)
 
     @property
     def made_on(self) -> str:
@@ -116,12 +150,11 @@ class Generator:
         cond: dict[str, Tensor] | None = None
         if classes is not None:
             cond = {"label": torch.from_numpy(classes.astype(np.int64)).to(self.device)}
-        guidance = self.config.guidance if self.config.guidance.scale != 1 else None
-        denoiser = Denoiser(self.bundle.process, self._network, cond, guidance, self.config.sampler)
-        self._network.watch(len(batch))
+        denoiser = self._denoiser(cond, len(batch))
         x_T = noise.initial(self._shape, device=self.device).contiguous(memory_format=self._layout)
         x_0 = self._sampler.sample(denoiser, x_T, noise)
-        bad = (self._network.bad | ~torch.isfinite(x_0).flatten(1).all(dim=1)).cpu().numpy()[slots]
+        finite = torch.isfinite(x_0).flatten(1).all(dim=1)
+        bad = torch.stack([~finite, *(watched.bad for watched in self._watched)]).any(dim=0).cpu().numpy()[slots]
         if bad.any():
             ids = batch[slots][bad]
             shown = ", ".join(map(str, ids[:5])) + (", …" if len(ids) > 5 else "")
@@ -149,10 +182,11 @@ class _Watched(nn.Module):
         self.bad = torch.zeros(count, dtype=torch.bool, device=self.device)
 
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        labels = {} if label is None else {"label": label}
         with self._cast():
-            out = self.network(x_t.contiguous(memory_format=self.layout), t, label).float()
+            out = self.network(x_t.contiguous(memory_format=self.layout), t, **labels).float()
         finite = torch.isfinite(out).flatten(1).all(dim=1)
-        self.bad |= ~finite.view(-1, len(self.bad)).all(dim=0)  # guidance doubles the batch
+        self.bad = self.bad | ~finite.view(-1, len(self.bad)).all(dim=0)  # guidance doubles the batch
         return out
 
     def _cast(self) -> AbstractContextManager[Any]:
@@ -226,7 +260,7 @@ class ShardWorker:
         bundle = load_bundle(self.task.bundle_uri, self.task.device)
         if bundle.digest != self._set.description.bundle_digest:
             raise UserError(f"The bundle {self.task.bundle_uri} is not the one that the image set was planned with.")
-        return Generator(bundle, self._set.generation, self.task.device)
+        return Generator(bundle, self._set.guided_by(self.task.guide_uris), self.task.device)
 
     @cached_property
     def _set(self) -> ImageSet:

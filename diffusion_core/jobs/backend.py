@@ -31,9 +31,9 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
 
 from diffusion_core.config import Config, UserError, execution
 from diffusion_core.jobs.log import LOG, KeptLog
-from diffusion_core.jobs.protocol import ERROR, EXIT_STORE_AWAY, EXIT_USER_ERROR, RESULT
+from diffusion_core.jobs.protocol import ERROR, EXIT_USER_ERROR, RESULT
 from diffusion_core.jobs.requests import Request, Result
-from diffusion_core.patience import StoreUnavailable
+from diffusion_core.patience import EXIT_STORE_AWAY, StoreUnavailable
 from diffusion_core.progress import ProgressEvent, parse_progress
 from diffusion_core.storage import Directory
 

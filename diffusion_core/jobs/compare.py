@@ -32,6 +32,7 @@ from diffusion_core.evaluation.config import ComparisonConfig, Contestant, Evalu
 from diffusion_core.evaluation.identity import distance_name, extractor_identity
 from diffusion_core.jobs.cluster import ray_session
 from diffusion_core.jobs.evaluate import check_comparable
+from diffusion_core.jobs.guide import with_guides_found
 from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.requests import CompareRequest, CompareResult, Resources
 from diffusion_core.jobs.rows import on_cluster
@@ -73,7 +74,9 @@ class _Bench:
 
     def cells(self, contestant: Contestant) -> list[_Cell]:
         """The cells of a contestant, seed by seed. Their address is what defines them: not a name, not its place."""
-        made_so = digest(contestant.sampler, self.config.guidance_of(contestant))
+        guidance = self.config.guidance_of(contestant)
+        guides = [f"{name} {bundle_digest(uri)}" for name, uri in guidance.models.items()]
+        made_so = digest(contestant.sampler, guidance, *guides)
         return [_Cell(contestant, seed, f"cells/{made_so}/seed-{seed}.json") for seed in self.config.all_seeds]
 
     def missing(self) -> list[_Cell]:
@@ -121,6 +124,12 @@ def run(request: CompareRequest) -> CompareResult:
 
 def _bench(request: CompareRequest) -> _Bench:
     config, evaluation = request.comparison, request.evaluation
+    common = with_guides_found(config.guidance, request.store)
+    contestants = tuple(
+        each.model_copy(update={"guidance": each.guidance and with_guides_found(each.guidance, request.store)})
+        for each in config.contestants
+    )
+    config = config.model_copy(update={"contestants": contestants, "guidance": common})
     dataset, bundle = open_dataset(request.dataset_uri), read_bundle_config(request.bundle_uri)
     check_comparable(bundle, dataset)
     check_contestants(config, bundle.process, bundle.class_names)
@@ -156,7 +165,7 @@ def _make(bench: _Bench, missing: Sequence[_Cell], resources: Resources) -> int:
         device="cuda" if resources.gpus_per_worker else "cpu",
     )
     rows = sorted(_rows(bench, missing), key=lambda row: -row["evaluations"])
-    total = bench.images * sum(row["evaluations"] for row in rows)
+    total = sum(row["evaluations"] for row in rows)
     with (
         ray_session(),
         Progress("compare", total, "network evaluations") as progress,
@@ -165,26 +174,26 @@ def _make(bench: _Bench, missing: Sequence[_Cell], resources: Resources) -> int:
     ):
         for done, _ in enumerate(answers, start=1):
             logger.info("%d of %d cells made", done, len(rows))
-        progress.update(total)
     return len(rows)
 
 
 def _rows(bench: _Bench, cells: Sequence[_Cell]) -> list[dict[str, Any]]:
-    """Rows of work, with the network evaluations an image that are foreseen: what counts is counted by the worker."""
+    """Rows of work, with the network evaluations that are foreseen; those that count are counted by the worker."""
     from diffusion_core.diffusion import build_sampler, make_process
+    from diffusion_core.jobs.compare_cell import padded
 
-    process = make_process(bench.bundle.process)
+    process, computed = make_process(bench.bundle.process), padded(bench.images, bench.config.batch_size)
     rows = []
     for cell in cells:
         sampler, guidance = cell.contestant.sampler, bench.config.guidance_of(cell.contestant)
-        calls = build_sampler(sampler, process).evaluations
+        networks = 1 + (guidance.scale not in (0, 1)) + bool(guidance.classifier_scale)
         rows.append(
             {
                 "key": cell.key,
                 "seed": cell.seed,
                 "sampler": sampler.model_dump(mode="json"),
                 "guidance": guidance.model_dump(mode="json"),
-                "evaluations": calls if guidance.scale in (0, 1) else 2 * calls,
+                "evaluations": networks * build_sampler(sampler, process).evaluations * computed,
             }
         )
     return rows

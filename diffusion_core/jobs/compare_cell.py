@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from diffusion_core.bundle import Bundle, load_bundle
 from diffusion_core.config import Config, UserError
@@ -20,6 +21,8 @@ from diffusion_core.evaluation.report import brief_figures
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.generation.worker import Generator, NonFiniteImages
 from diffusion_core.storage import Directory
+
+TOLD_EVERY_S = 1.0
 
 
 class Bench(Config):
@@ -36,24 +39,44 @@ class Bench(Config):
 
 
 class Count:
-    """How many rows a network was given, and was asked to compute for one image."""
+    """How many rows some networks were given: their evaluations, of which a guided call of n images takes 2n.
 
-    def __init__(self) -> None:
-        self.rows = 0
+    Args:
+        tally: told every second how many there were since it was told last.
+    """
 
-    def add(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def __init__(self, tally: Callable[[int], None] = lambda rows: None) -> None:
+        self.rows = self._told = 0
+        self._tally, self._next = tally, time.monotonic() + TOLD_EVERY_S
+
+    def add(self, network: nn.Module, inputs: Any, output: Tensor) -> None:
         self.rows += len(output)
+        if time.monotonic() >= self._next:
+            self._tell(self.rows)
+
+    def end(self, foreseen: int) -> None:
+        """Tell the rest of what was foreseen, whatever it came to."""
+        self._tell(foreseen)
+
+    def _tell(self, rows: int) -> None:
+        self._tally(rows - self._told)
+        self._told, self._next = rows, time.monotonic() + TOLD_EVERY_S
 
 
 @contextmanager
-def counted(network: nn.Module) -> Iterator[Count]:
-    """Count the rows that a network computes inside the block, whoever calls it: guidance gives it two an image."""
-    count = Count()
-    handle = network.register_forward_hook(count.add)
+def counted(networks: Iterable[nn.Module], count: Count) -> Iterator[Count]:
+    """Count what networks compute inside the block, whoever calls them."""
+    handles = [network.register_forward_hook(count.add) for network in networks]
     try:
         yield count
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def padded(images: int, batch_size: int) -> int:
+    """Images that are computed to make some: the last batch is as large as the others."""
+    return -(-images // batch_size) * batch_size
 
 
 def make_cell(bench: Bench, tally: Callable[[int], None], row: dict[str, Any]) -> None:
@@ -63,12 +86,12 @@ def make_cell(bench: Bench, tally: Callable[[int], None], row: dict[str, Any]) -
     cell's error; the other contestants go on.
 
     Args:
-        tally: told the number of network evaluations, as far as they were foreseen, whenever some are done.
-        row: key of the cell, seed, sampler and guidance as plain values, and the foreseen `evaluations` an image.
+        tally: told the number of network evaluations whenever some are done; in all, of as many as were foreseen.
+        row: key of the cell, seed, sampler and guidance as plain values, and the `evaluations` that are foreseen.
     """
     directory = Directory(bench.directory_uri)
     if directory.exists(row["key"]):
-        tally(row["evaluations"] * bench.images)
+        tally(row["evaluations"])
         return
     bundle, measurer, reference = _tools(bench)
     config = GenerationConfig(
@@ -81,24 +104,26 @@ def make_cell(bench: Bench, tally: Callable[[int], None], row: dict[str, Any]) -
     cell: dict[str, Any] = {"schema_version": 1, "seed": row["seed"], "sampler": row["sampler"]}
     generator = Generator(bundle, config, bench.device)
     cell |= {"guidance": row["guidance"], "made_on": generator.made_on}
+    count = Count(tally)
     try:
-        cell |= _figures(bench, generator, measurer, reference, lambda images: tally(row["evaluations"] * images))
+        cell |= _figures(bench, generator, measurer, reference, count)
     except NonFiniteImages as error:
         cell["error"] = str(error)
+    count.end(row["evaluations"])
     directory.create_json(row["key"], cell)
 
 
 def _figures(
-    bench: Bench, generator: Generator, measurer: Measurer, reference: Reference, done: Callable[[int], None]
+    bench: Bench, generator: Generator, measurer: Measurer, reference: Reference, count: Count
 ) -> dict[str, float]:
     classes = generator.bundle.config.num_classes
     ids = np.arange(bench.images)
     labels = ids % classes if classes else None
-    with counted(generator.bundle.network) as count:
-        images = generator.images(ids, labels, done)
-    computed = -(-bench.images // bench.batch_size) * bench.batch_size  # the last batch is padded
+    with counted(generator.networks, count):
+        images = generator.images(ids, labels)
     measured = measurer.features(images, labels)
-    return {"evaluations": count.rows / computed, **brief_figures(reference, measured, bench.evaluation.neighbours)}
+    evaluations = count.rows / padded(bench.images, bench.batch_size)
+    return {"evaluations": evaluations, **brief_figures(reference, measured, bench.evaluation.neighbours)}
 
 
 @lru_cache(maxsize=1)

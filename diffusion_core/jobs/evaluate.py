@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from diffusion_core.bundle import BundleConfig, bundle_digest, read_bundle_config
 from diffusion_core.config import UserError, digest, identity
 from diffusion_core.data.shards import ImageDataset, open_dataset
-from diffusion_core.evaluation.config import EvaluationConfig, EvaluationLabels
+from diffusion_core.evaluation.config import EvaluationConfig, EvaluationLabels, check_likelihood
 from diffusion_core.evaluation.identity import extractor_identity
 from diffusion_core.generation.config import GenerationConfig
+from diffusion_core.jobs.guide import with_guides_found
 from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.requests import EvaluateRequest, EvaluateResult, Resources
 from diffusion_core.jobs.turns import one_at_a_time
@@ -83,10 +84,11 @@ def evaluate(
     dataset, bundle = open_dataset(dataset_uri), read_bundle_config(bundle_uri)
     samples = samples_of(config, dataset)
     check_comparable(bundle, dataset)
-    bundle_id = bundle_digest(bundle_uri)
-    evaluation_id = digest(
-        "evaluation", _ALGORITHM, bundle_id, dataset.version, extractor_identity(config, dataset.version), config
-    )
+    check_likelihood("evaluation.likelihood", config.likelihood, bundle.process)
+    config = config.model_copy(update={"guidance": with_guides_found(config.guidance, store)})
+    bundle_id, extractor = bundle_digest(bundle_uri), extractor_identity(config, dataset.version)
+    guided = [f"{name} {bundle_digest(uri)}" for name, uri in config.guidance.models.items()]
+    evaluation_id = digest("evaluation", _ALGORITHM, bundle_id, dataset.version, extractor, config, *guided)
     directory = Directory(store) / f"evaluations/{evaluation_id}"
     if directory.exists(REPORT):
         return Evaluation(directory, directory.read_json(REPORT), reused=True)
@@ -96,6 +98,7 @@ def evaluate(
         "bundle": {"uri": bundle_uri, "digest": bundle_id, "run_id": bundle.run_id, "images_seen": bundle.images_seen},
         "dataset": {"name": dataset.name, "version": dataset.version, "uri": dataset.uri},
         "configuration": json.loads(json.dumps(identity(config))),
+        **({"guided_by": guided} if guided else {}),
     }
     with one_at_a_time(store, "evaluate", evaluation_id):
         reused = directory.exists(REPORT)  # another job may have made it meanwhile
@@ -104,7 +107,7 @@ def evaluate(
 
             generation = generation_of(config, bundle, dataset)
             images = generate(bundle_uri, generation, store, resources, stage="samples to evaluate").images
-            report = _measure(directory, images, dataset, config, samples)
+            report = _measure(directory, images, dataset, config, samples, bundle_uri)
             directory.create_json(REPORT, {**about, "image_set": images.uri, **report})
     return Evaluation(directory, directory.read_json(REPORT), reused)
 
@@ -169,7 +172,12 @@ def generation_of(config: EvaluationConfig, bundle: BundleConfig, dataset: Image
 
 
 def _measure(
-    directory: Directory, images: ImageSet, dataset: ImageDataset, config: EvaluationConfig, samples: int
+    directory: Directory,
+    images: ImageSet,
+    dataset: ImageDataset,
+    config: EvaluationConfig,
+    samples: int,
+    bundle_uri: str,
 ) -> dict[str, Any]:
     """Features and figures of both sides. Keeps the features, for later comparisons, and a picture."""
     from diffusion_core.evaluation.features import Features, Measurer
@@ -182,7 +190,7 @@ def _measure(
         directory.create(FEATURES, made.to_bytes())
     # Of two evaluations at once, both report what the first one stored.
     generated = Features.from_bytes(directory.read(FEATURES))
-    report = {
+    report: dict[str, Any] = {
         "samples": samples,
         "samples_note": f"N = min(evaluation.samples = {config.samples}, held-out images); the floor has the same N.",
         "reference": f"train split, {reference.statistics.count} images",
@@ -191,10 +199,22 @@ def _measure(
         "floor": figures(reference, reference.held_out, config),
         "accuracy_by_class": accuracy_by_class(generated, dataset.class_names),
     }
+    if config.likelihood.images:
+        report["figures"]["bits_per_dim"] = _bits_per_dim(bundle_uri, dataset, config)
     shown = min(samples, 64)
     directory.create(PICTURE, picture(report, dataset.read("test", limit=shown).images, images.read(0, shown)[0]))
     logger.info("evaluated %s", sentence(report))
     return report
+
+
+def _bits_per_dim(bundle_uri: str, dataset: ImageDataset, config: EvaluationConfig) -> float:
+    import torch
+
+    from diffusion_core.bundle import load_bundle
+    from diffusion_core.evaluation.likelihood import held_out_bits
+
+    bundle = load_bundle(bundle_uri, "cuda" if torch.cuda.is_available() else "cpu")
+    return held_out_bits(bundle, dataset, config.likelihood, config.batch_size, config.seed)
 
 
 def _blocks(images: ImageSet, samples: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:

@@ -27,6 +27,7 @@ from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.generation.imageset import FAILED, SHEET, ImageSet, describe
 from diffusion_core.generation.plan import Extension, Range, Shard, ShardTask
 from diffusion_core.jobs.cluster import ray_session, reserved
+from diffusion_core.jobs.guide import with_guides_found
 from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.requests import GenerateRequest, GenerateResult, Resources
 from diffusion_core.jobs.tally import Tally, tallied
@@ -126,13 +127,15 @@ def generate(
         UserError: the configuration does not suit the model, the cluster is too small (nothing is planned then), or
             more shards failed than `max_failed_shards` (what succeeded is committed then).
     """
+    config = config.model_copy(update={"guidance": with_guides_found(config.guidance, store)})
     found_digest = bundle_digest(bundle_uri)
     images = describe(store, bundle_uri, found_digest, read_bundle_config(bundle_uri), config)
     wanted, outcome = images.look(config.first_image_id, config.count), _Outcome()
     missing = images.missing(wanted)
     if wanted.gaps or missing:
         device = "cuda" if resources.gpus_per_worker else "cpu"
-        crew = _Crew(resources, ShardTask(images.uri, bundle_uri, model_version or found_digest, device), worker)
+        task = ShardTask(images.uri, bundle_uri, model_version or found_digest, device, config.guidance.models)
+        crew = _Crew(resources, task, worker)
         turn = f"{images.description.set_id}/{wanted.first}-{wanted.stop}"
         with one_at_a_time(store, "generate", turn) as waited:  # for these very ids, not for the next ones after them
             first_image_id = wanted.first if waited else config.first_image_id

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 
 from diffusion_core.config import UserError
-from diffusion_core.patience import patience
+from diffusion_core.patience import StoreUnavailable, patience
 from diffusion_core.storage import Directory
 
 LOG, RUNNING = "log.txt", "running.json"
@@ -65,6 +65,6 @@ class KeptLog:
         try:
             with patience(EVERY_S):
                 write()
-        except (UserError, OSError) as error:  # the log is only a convenience, and the store may be what breaks the job
+        except (UserError, OSError, StoreUnavailable) as error:  # only a convenience: it must not break the job
             self._changed = True
             logger.warning("The log of the job is not in the store: %s", error)

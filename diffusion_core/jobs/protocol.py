@@ -16,12 +16,12 @@ from pydantic import ValidationError
 
 from diffusion_core.config import UserError, explain
 from diffusion_core.jobs.requests import Request, Result
-from diffusion_core.patience import StoreUnavailable
+from diffusion_core.patience import EXIT_STORE_AWAY, StoreUnavailable
 from diffusion_core.storage import Directory, StoreFull
 
 RequestT = TypeVar("RequestT", bound=Request)
 
-EXIT_USER_ERROR, EXIT_STORE_AWAY = 2, 75  # 75 is EX_TEMPFAIL of sysexits.h
+EXIT_USER_ERROR = 2
 RESULT, ERROR = "result.json", "error.json"
 _SIGNALS = {
     signal.SIGTERM: signal.SIGTERM,

@@ -12,7 +12,7 @@ from diffusion_core.diffusion.config import ProcessConfig
 from diffusion_core.evaluation.comparison import Comparison
 from diffusion_core.evaluation.config import ComparisonConfig, EvaluationConfig, GateConfig
 from diffusion_core.generation.config import GenerationConfig
-from diffusion_core.networks.config import UNetConfig
+from diffusion_core.networks.config import NetworkConfig, UNetConfig
 from diffusion_core.training.config import TrainingConfig
 
 
@@ -60,7 +60,7 @@ class ShardResult(Result):
 class TrainRequest(Request):
     dataset_uri: str = Field(description="URI of the dataset version to train on.")
     process: ProcessConfig = ProcessConfig()
-    network: UNetConfig = UNetConfig()
+    network: NetworkConfig = UNetConfig()
     training: TrainingConfig = TrainingConfig()
     experiment: str = execution("diffusion", description="MLflow experiment that records the run.")
 

@@ -44,6 +44,7 @@ from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.requests import Resources, ShardRequest, ShardResult
 from diffusion_core.jobs.rows import WorkersDied, on_cluster, survives
 from diffusion_core.jobs.turns import one_at_a_time
+from diffusion_core.patience import StoreUnavailable
 from diffusion_core.progress import Progress
 from diffusion_core.storage import Directory
 
@@ -82,7 +83,7 @@ def run(request: ShardRequest) -> ShardResult:
     if reused:
         check_reused(dataset, request.dataset)
     if WORK in directory.children():
-        with suppress(OSError):  # another job that was at the same version may be clearing up as well
+        with suppress(OSError, StoreUnavailable):  # another job at the same version may be clearing up too
             (directory / WORK).delete_tree()
     return ShardResult(
         seconds=time.monotonic() - began,

@@ -24,20 +24,21 @@ from pydantic import ValidationError
 
 from diffusion_core.config import UserError, explain
 from diffusion_core.lease import FAILED, OK, Held, Lease, acquire
-from diffusion_core.patience import StoreUnavailable, patience
+from diffusion_core.patience import EXIT_STORE_AWAY, StoreUnavailable, patience
 from diffusion_core.progress import Progress, parse_progress
 from diffusion_core.training.run import INTERRUPTED, RunDirectory, TrainOutcome, TrainSpec, open_run
 
 if TYPE_CHECKING:
     from diffusion_core.training.world import World
 
-EXIT_STORE_AWAY, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 _LOOK_S = 5.0
 logger = logging.getLogger("diffusion_core.training")
 
 
 def main() -> int:
-    """Train what the request in argv[1] says; 0, 1 (it broke), 2 (the user can mend it) or 130 (interrupted)."""
+    """Train what the request in argv[1] says; 0, 1 (it broke), 2 (the user can mend it), 75 (the store was away) or 130
+    (interrupted)."""
     leads = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if leads else logging.WARNING, format="%(levelname)s: %(message)s")
     if len(sys.argv) != 2:

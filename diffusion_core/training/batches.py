@@ -7,7 +7,7 @@ are decides who computes what, and never what is computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffusion_core.data import Batch, Loader
-from diffusion_core.diffusion import NoiseSchedule, images_to_network, keyed_normal, keyed_uniform
+from diffusion_core.diffusion import images_to_network, keyed_normal, keyed_uniform
 from diffusion_core.training.config import TrainingConfig
 from diffusion_core.training.world import World
 
@@ -55,14 +55,19 @@ class Batches:
     Args:
         loader: the images by run position.
         num_classes: classes of the dataset, which is also the null label; 0 for none.
-        schedule: that of the process, which says how likely it is to train at each time.
+        training_times: from uniform variates to the times to train at, as `diffusion.training_times` makes it.
     """
 
     def __init__(
-        self, loader: Loader, config: TrainingConfig, world: World, num_classes: int, schedule: NoiseSchedule
+        self,
+        loader: Loader,
+        config: TrainingConfig,
+        world: World,
+        num_classes: int,
+        training_times: Callable[[Tensor], Tensor],
     ) -> None:
         self.config, self.device = config, world.device
-        self._loader, self._num_classes, self._schedule = loader, num_classes, schedule
+        self._loader, self._num_classes, self._training_times = loader, num_classes, training_times
         self._mine = deal(config.batch_size, config.microbatch_size, world.rank, world.size)
         self.count = len(self._mine)
         self._offsets = np.concatenate([np.arange(first, last) for first, last, _ in self._mine])
@@ -86,7 +91,7 @@ class Batches:
             positions = torch.arange(images_seen + first, images_seen + last, device=self.device)
             x0 = images_to_network(batch.images[rows], self.device)
             noise = keyed_normal(seed, "train.noise", positions, x0.shape[1:], self.device)
-            t = self._schedule.training_times(keyed_uniform(seed, "train.timestep", positions, device=self.device))
+            t = self._training_times(keyed_uniform(seed, "train.timestep", positions, device=self.device))
             label = None if batch.labels is None else self._labels(batch.labels[rows], positions)
             yield Microbatch(self._arranged(x0), self._arranged(noise), t, label, images_seen + first, weight)
 

@@ -43,11 +43,11 @@ def save_checkpoint(place: Directory, checkpoint: Checkpoint) -> None:
     here = place / str(checkpoint.images_seen)
     if here.exists(RECORD):
         try:
-            _read(place, checkpoint.images_seen)
+            read_checkpoint(place, checkpoint.images_seen)
             return
         except DamagedError as error:
             logger.warning("%s It is replaced.", error)
-            _delete(here)
+            delete_checkpoint(here)
     files = {}
     for name, tensors in checkpoint.parts.items():
         data = safetensors.torch.save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
@@ -71,7 +71,7 @@ def load_newest(place: Directory) -> Checkpoint | None:
     """
     for images_seen in sorted(checkpoints(place), reverse=True):
         try:
-            return _read(place, images_seen)
+            return read_checkpoint(place, images_seen)
         except DamagedError as error:
             logger.warning("%s The one before it is used.", error)
     return None
@@ -93,15 +93,17 @@ def prune_checkpoints(place: Directory, keep: int, newest: int) -> None:
         return
     for name in place.children():
         if name.isdigit() and int(name) <= old[-1]:
-            _delete(place / name)
+            delete_checkpoint(place / name)
 
 
-def _delete(here: Directory) -> None:
+def delete_checkpoint(here: Directory) -> None:
+    """Delete a checkpoint, given its own directory."""
     here.delete(RECORD)  # first, so that a deletion that is cut short never looks like damage
     here.delete_tree()
 
 
-def _read(place: Directory, images_seen: int) -> Checkpoint:
+def read_checkpoint(place: Directory, images_seen: int) -> Checkpoint:
+    """One checkpoint; `DamagedError` if its files are not those that its record names, or there is none."""
     here = place / str(images_seen)
     try:
         record = here.read_json(RECORD)

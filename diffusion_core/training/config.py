@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from diffusion_core.config import Config, execution
+from diffusion_core.config import Config, execution, later
+from diffusion_core.diffusion.kinds import Choice
+from diffusion_core.diffusion.objective_config import ObjectiveConfig
 
 
 class Precision(StrEnum):
@@ -16,8 +19,19 @@ class Precision(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+# The standard deviation of an average's profile over the length of training; a uniform average has 0.289.
+RelativeWidth = Annotated[float, Field(ge=0.01, le=0.28)]
+
+
+class EmaKind(Choice):
+    """How the weights are averaged over the steps of training."""
+
+    HALFLIFE = "halflife", "a fixed half-life in images, shorter while training is young (Karras et al. 2022)"
+    POWER = "power", "a fixed share of the whole training, whose length can be chosen again later (Karras et al. 2024)"
+
+
 class TrainingConfig(Config):
-    """The objective's optimizer, its batches and its randomness (identity), and how long and how visibly to train."""
+    """The objective, its optimizer, its batches and its randomness (identity), and how long and visibly to train."""
 
     batch_size: int = Field(128, ge=1, le=1_048_576, description="Images of one optimizer step, over all workers.")
     microbatch_size: int = Field(
@@ -27,6 +41,7 @@ class TrainingConfig(Config):
         description="Images of one forward and backward pass. A batch is a fixed list of microbatches, dealt over the"
         " workers; the last one may be smaller.",
     )
+    objective: ObjectiveConfig = later(ObjectiveConfig(), description="The loss, its weights, and the times it is at.")
     learning_rate: float = Field(2e-4, gt=0, le=1, description="Learning rate of AdamW after the warm-up; constant.")
     betas: tuple[float, float] = Field((0.9, 0.999), description="Decay rates of AdamW's two moments, each in [0, 1).")
     weight_decay: float = Field(0.0, ge=0, le=10, description="Decoupled weight decay of AdamW.")
@@ -41,6 +56,12 @@ class TrainingConfig(Config):
         le=1,
         description="While training is young the half-life is at most this share of the images seen; none switches the"
         " ramp off.",
+    )
+    ema: EmaKind = later(EmaKind.HALFLIFE, description=f"Moving average of the weights. {EmaKind.explained()}")
+    ema_sigma_rels: tuple[RelativeWidth, RelativeWidth] = later(
+        (0.05, 0.1),
+        description="Moving average power only: relative widths (sigma_rel) of the two averages that are kept. The"
+        " finished bundle holds the first; diffusion export makes one of any other width out of both.",
     )
     label_dropout: float = Field(
         0.1, ge=0, lt=1, description="Share of labels replaced by the null label, so that guidance can be used."
@@ -66,6 +87,16 @@ class TrainingConfig(Config):
     )
     checkpoint_every_images: int = execution(50_000, ge=1, description="Images between two checkpoints.")
     keep_checkpoints: int = execution(3, ge=1, le=1000, description="Newest checkpoints to keep; older ones go.")
+    ema_snapshot_every_images: int = execution(
+        100_000, ge=1, description="Moving average power only: images between two snapshots of the averages, at first."
+    )
+    ema_keep_snapshots: int = execution(
+        16,
+        ge=4,
+        le=1000,
+        description="Moving average power only: most snapshots to keep; where there are more, every second one goes and"
+        " the distance doubles.",
+    )
     preview_every_images: int = execution(
         200_000, ge=0, description="Images between two sample grids; 0 makes one at the end only."
     )
@@ -82,6 +113,10 @@ class TrainingConfig(Config):
             raise ValueError(
                 f"microbatch_size {self.microbatch_size} must be at most batch_size, which is {self.batch_size}"
             )
+        if self.ema is EmaKind.HALFLIFE and self.ema_sigma_rels != (0.05, 0.1):
+            raise ValueError("ema_sigma_rels is for the moving average power only: leave it out for halflife")
+        if self.ema_sigma_rels[0] == self.ema_sigma_rels[1]:
+            raise ValueError(f"ema_sigma_rels {list(self.ema_sigma_rels)} must be two different widths")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {list(self.betas)} must both lie in [0, 1)")
         return self

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from diffusion_core.config import UserError
-from diffusion_core.diffusion import keyed_integers, make_process
-from diffusion_core.networks import build_network
+from diffusion_core.diffusion import Objective, keyed_integers, make_process
+from diffusion_core.networks import NoisyClassifierConfig, build_network
 from diffusion_core.training.batches import Microbatch
 from diffusion_core.training.checkpoint import Tensors
 from diffusion_core.training.config import Precision
-from diffusion_core.training.ema import Ema
+from diffusion_core.training.ema import averages
 from diffusion_core.training.run import TrainSpec
 from diffusion_core.training.world import World
 
@@ -32,7 +32,7 @@ class Learner:
     """One process's copy of everything that an optimizer step changes.
 
     Args:
-        spec: network, process and optimizer.
+        spec: network, process, objective and optimizer.
         image_shape: (H, W, C) of the images.
         num_classes: classes of the dataset, 0 for none.
         world: the processes that learn together; all hold the same weights, the leader alone the moving average.
@@ -54,18 +54,22 @@ class Learner:
         self.config, self.world = spec.training, world
         self.process = make_process(spec.process)
         torch.manual_seed(self.config.seed)
-        network = build_network(spec.network, image_shape, num_classes)
+        self.objective = Objective(self.process, self.config.objective)
+        outputs = spec.process.output_channels(image_shape[2])
+        network = build_network(spec.network, image_shape, num_classes, outputs)
         if start is not None and world.leads and not images_seen:
             take_weights(network, start)
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
         self.network: nn.Module = network.to(device=world.device, memory_format=layout)  # type: ignore[call-overload]
-        self.ema = Ema(self.network, self.config) if world.leads else None
+        self.averages = averages(self.network, self.config) if world.leads else {}
+        self.ema = self.averages.get("ema")
         if parts is not None:
             self.network.load_state_dict(parts["network"])
-            if self.ema is not None:
-                self.ema.network.load_state_dict(parts["ema"])
+            for name, average in self.averages.items():
+                average.network.load_state_dict(parts[name])
         self._parameters = dict(self.network.named_parameters())
         self.optimizer = self._make_optimizer(parts, images_seen)
+        self._classifies = isinstance(spec.network, NoisyClassifierConfig)
         self._drops = spec.network.dropout > 0
         if self.config.compile:
             self.network.compile(dynamic=False)
@@ -100,20 +104,23 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(images_seen)
         self.optimizer.step()
-        if self.ema is not None:
-            self.ema.update(images_seen)
+        for average in self.averages.values():
+            average.update(images_seen)
         return loss, norm
 
     def state(self) -> dict[str, Tensors]:
-        """Network, moving average and optimizer moments, by name; of the leader. The step count follows from the
+        """Network, moving averages and optimizer moments, by name; of the leader. The step count follows from the
         images seen, so it is not part of it."""
-        assert self.ema is not None
         moments = {
             f"{name}/{moment}": self.optimizer.state[parameter][moment]
             for name, parameter in self._parameters.items()
             for moment in _MOMENTS
         }
-        return {"network": self.network.state_dict(), "ema": self.ema.network.state_dict(), "optimizer": moments}
+        return {"network": self.network.state_dict(), **self.averaged(), "optimizer": moments}
+
+    def averaged(self) -> dict[str, Tensors]:
+        """The moving averages by name; of the leader."""
+        return {name: average.network.state_dict() for name, average in self.averages.items()}
 
     def _accumulate(self, microbatch: Microbatch, exchange: bool) -> Tensor:
         """Add the gradients of one microbatch; with `exchange`, average what was accumulated over the processes."""
@@ -129,8 +136,11 @@ class Learner:
     def _losses(self, microbatch: Microbatch) -> Tensor:
         cond = {} if microbatch.label is None else {"label": microbatch.label}
         halved = self.config.precision is Precision.BFLOAT16
+        images = microbatch.x0, microbatch.t, microbatch.noise
         with torch.autocast(self.world.device.type, torch.bfloat16) if halved else nullcontext():
-            return self.process.training_losses(self._model, microbatch.x0, microbatch.t, microbatch.noise, **cond)
+            if self._classifies:
+                return self.process.classification_losses(self._model, *images, **cond)
+            return self.objective(self._model, *images, **cond)
 
     @torch.no_grad()
     def _clip(self) -> Tensor:

@@ -15,11 +15,14 @@ from torch import Tensor
 from diffusion_core.bundle import BundleConfig, DatasetReference, save_bundle
 from diffusion_core.config import UserError
 from diffusion_core.data import ImageDataset, Loader, open_dataset
-from diffusion_core.diffusion import make_process
+from diffusion_core.diffusion import training_times
+from diffusion_core.networks.config import NoisyClassifierConfig
 from diffusion_core.training.batches import Batches
 from diffusion_core.training.checkpoint import Checkpoint, load_newest, prune_checkpoints, save_checkpoint
+from diffusion_core.training.config import EmaKind
 from diffusion_core.training.learner import Learner
-from diffusion_core.training.preview import preview
+from diffusion_core.training.posthoc import save_snapshot, snapshot_distance
+from diffusion_core.training.preview import noisy_images, preview
 from diffusion_core.training.recorder import FileRecorder, Recorder
 from diffusion_core.training.run import IMAGES, INTERRUPTED, TIME_BUDGET, RunDirectory, TrainOutcome, TrainSpec
 from diffusion_core.training.world import Decision, World
@@ -125,7 +128,11 @@ class _Loop:
         self.num_classes = len(self.dataset.class_names)
         budget = self.config.memory_budget_mb << 20
         loader = Loader(self.dataset, "train", self.config.seed, memory_budget_bytes=budget)
-        self.batches = Batches(loader, self.config, world, self.num_classes, make_process(spec.process).schedule)
+        self.classifies = isinstance(spec.network, NoisyClassifierConfig)
+        # A classifier is told every label, as it has to learn them.
+        dealt = self.config.model_copy(update={"label_dropout": 0.0}) if self.classifies else self.config
+        times = training_times(spec.process, self.config.objective)
+        self.batches = Batches(loader, dealt, world, self.num_classes, times)
         checkpoint = load_newest(run.checkpoints) if world.leads else None
         self.position = self._agree_on_start(checkpoint)
         parts = checkpoint.parts if checkpoint else None
@@ -178,6 +185,8 @@ class _Loop:
             self._record()
         if saves:
             self._save()
+        if due(snapshot_distance(self.config, after)) and self.world.leads:
+            self._snapshot()
         if due(self.config.preview_every_images) and after < self.config.target_images and self.world.leads:
             began = time.monotonic()
             self._recorder.image(f"preview-{after:09d}", self._preview())
@@ -255,6 +264,13 @@ class _Loop:
             prune_checkpoints(self.run.checkpoints, self.config.keep_checkpoints, position.images_seen)
         self.interval = Interval(time.monotonic())
 
+    def _snapshot(self) -> None:
+        """Keep what another average can be made of after training."""
+        began = time.monotonic()
+        self._check_lease()
+        save_snapshot(self.run, self.config, self.position.images_seen, self.learner.averaged())
+        self.interval.began += time.monotonic() - began
+
     def _check_lease(self) -> None:
         """Before the leader writes what others will read."""
         if self.should_stop() == LOST:
@@ -292,6 +308,8 @@ class _Loop:
         if reason == INTERRUPTED:
             self._recorder.finish("KILLED")
             return outcome
+        if self.config.ema is EmaKind.POWER and position.images_seen:
+            self._snapshot()
         samples = self._preview()
         self._check_lease()
         bundle_digest = self._export(samples)
@@ -310,6 +328,7 @@ class _Loop:
             dataset=dataset,
             run_id=self.run.run_id,
             images_seen=self.position.images_seen,
+            ema_sigma_rel=self.config.ema_sigma_rels[0] if self.config.ema is EmaKind.POWER else None,
             code_version=code_version(),
             mlflow_run_id=self._recorder.mlflow_run_id or None,
         )
@@ -318,6 +337,9 @@ class _Loop:
 
     def _preview(self) -> bytes:
         assert self.learner.ema is not None
+        if self.classifies:
+            images = self.dataset.read("train", limit=self.config.preview_images).images
+            return noisy_images(self.learner.process, images, self.config.seed)
         try:
             return preview(
                 self.learner.ema.network,

@@ -17,6 +17,7 @@ from diffusion_core.diffusion import (
     SamplerConfig,
     build_sampler,
     images_from_network,
+    images_to_network,
 )
 
 Shape = tuple[int, int, int]
@@ -49,6 +50,19 @@ def preview(
         x0 = build_sampler(config, process).sample(denoiser, x_t, noise)
     columns = min(num_classes, 16) if num_classes else math.ceil(math.sqrt(count))
     return png(grid(images_from_network(x0), min(columns, count)))
+
+
+def noisy_images(process: GaussianProcess, images: np.ndarray, seed: int) -> bytes:
+    """A PNG grid of what a classifier of noisy images is shown: images (N, H, W, C) uint8, one noisier than the other.
+
+    In rows of 6 to 16, from the least noise at the top left to the most at the bottom right.
+    """
+    x0 = images_to_network(images)
+    t = process.schedule.training_times(torch.linspace(0, 1, len(x0) + 1, dtype=torch.float64)[:-1])
+    noise = KeyedNoise(seed, torch.arange(len(x0)), "preview").initial(x0.shape[1:], x0.device)
+    x_t = process.q_sample(x0, t, noise)
+    shown = x_t / x_t.flatten(1).abs().amax(dim=1).clamp(min=1.0).reshape(-1, 1, 1, 1)
+    return png(grid(images_from_network(shown), min(len(x0), max(6, min(16, math.isqrt(len(x0)))))))
 
 
 def grid(images: np.ndarray, columns: int) -> np.ndarray:

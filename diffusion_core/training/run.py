@@ -1,9 +1,10 @@
 """A training run as a directory of the store: what it is, how far it is, and what came out of it.
 
 `<store>/runs/<run_id>/` holds `run.json` (what is trained on what), `attempts/` (who works on it, see `lease`),
-`checkpoints/`, `bundles/<images_seen>/`, `finished/<images_seen>.json` (one for each length that it was trained to),
-`previews/` and `progress.json`. The id is a digest of everything that changes numbers, so that starting the same
-training again continues it. Light: nothing here imports torch.
+`checkpoints/`, `snapshots/` (of power-function averages, see `posthoc`), `bundles/<images_seen>/`,
+`finished/<images_seen>.json` (one for each length that it was trained to), `previews/` and `progress.json`. The id is a
+digest of everything that changes numbers, so that starting the same training again continues it. Light: nothing here
+imports torch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pydantic import Field
 
 from diffusion_core.config import Config, UserError, digest, execution, identity
 from diffusion_core.diffusion.config import ProcessConfig
-from diffusion_core.networks.config import UNetConfig, check_image_size
+from diffusion_core.diffusion.objective_config import ObjectiveConfig, check_objective
+from diffusion_core.networks.config import NetworkConfig, UNetConfig, check_image_size
 from diffusion_core.storage import Directory
 from diffusion_core.training.config import TrainingConfig
 from diffusion_core.version import code_version
@@ -36,7 +38,7 @@ class TrainSpec(Config):
 
     dataset_uri: str = execution(description="URI of the dataset version; its version, not its place, enters the id.")
     process: ProcessConfig = ProcessConfig()
-    network: UNetConfig = UNetConfig()
+    network: NetworkConfig = UNetConfig()
     training: TrainingConfig = TrainingConfig()
 
 
@@ -69,6 +71,10 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Directory:
         return self.directory / "checkpoints"
+
+    @property
+    def snapshots(self) -> Directory:
+        return self.directory / "snapshots"
 
     def bundle(self, images_seen: int) -> Directory:
         return self.directory / f"bundles/{images_seen}"
@@ -109,8 +115,8 @@ def open_run(store: Directory | str, spec: TrainSpec, init_uri: str | None = Non
         init_uri: the bundle that `training.init_from` was resolved to, if it is not a bundle URI itself.
 
     Raises:
-        UserError: no dataset version, no training images, images that the network cannot halve, or a bundle to start
-            from that does not fit.
+        UserError: no dataset version, no training images, images that the network cannot halve, an objective that
+            does not suit the process, or a bundle to start from that does not fit.
     """
     from diffusion_core.data import open_dataset
 
@@ -119,6 +125,7 @@ def open_run(store: Directory | str, spec: TrainSpec, init_uri: str | None = Non
         raise UserError(f"The dataset {dataset.uri} has no images in its split train.")
     height, width, _ = dataset.image_shape
     check_image_size(spec.network, height, width)
+    check_task(spec.network, spec.training.objective, spec.process, len(dataset.class_names))
     source = init_uri or spec.training.init_from
     start = _starting_point(source, spec, dataset) if source else None
     parts = {"dataset": dataset.version, "start": start, "spec": identity(spec)}
@@ -129,7 +136,26 @@ def open_run(store: Directory | str, spec: TrainSpec, init_uri: str | None = Non
     return run
 
 
-def check_start(theirs: BundleConfig, network: UNetConfig, process: ProcessConfig, channels: int) -> None:
+def check_task(network: NetworkConfig, objective: ObjectiveConfig, process: ProcessConfig, num_classes: int) -> None:
+    """The objective suits the process; a classifier has its own, the cross-entropy of the labels.
+
+    Raises:
+        UserError: naming what does not go together, or if there is nothing for a classifier to tell apart.
+    """
+    if network.kind != "classifier":
+        return check_objective("training.objective", objective, process)
+    if num_classes < 2:
+        raise UserError(
+            f"network.kind: classifier needs a dataset with two classes at least, and this has {num_classes}."
+        )
+    if objective != ObjectiveConfig():
+        raise UserError(
+            "training.objective is not for the network.kind classifier, which learns the labels by cross-entropy: "
+            "leave it out."
+        )
+
+
+def check_start(theirs: BundleConfig, network: NetworkConfig, process: ProcessConfig, channels: int) -> None:
     """Refuse to start training from the weights of a bundle that do not fit; dropout has no weights and may differ.
 
     Args:
@@ -140,7 +166,11 @@ def check_start(theirs: BundleConfig, network: UNetConfig, process: ProcessConfi
     Raises:
         UserError: naming the field, and both values.
     """
-    for name in UNetConfig.model_fields:
+    if theirs.network.kind != network.kind:
+        raise UserError(
+            f"training.init_from: that model has network.kind = {theirs.network.kind}, and this run has {network.kind}."
+        )
+    for name in type(network).model_fields:
         other, ours = getattr(theirs.network, name), getattr(network, name)
         if other != ours and name != "dropout":
             raise UserError(f"training.init_from: that model has network.{name} = {other}, and this run has {ours}.")
@@ -148,6 +178,11 @@ def check_start(theirs: BundleConfig, network: UNetConfig, process: ProcessConfi
         raise UserError(
             f"training.init_from: that model predicts {theirs.process.prediction}, and this run would train it to "
             f"predict {process.prediction} (process.prediction)."
+        )
+    if theirs.process.output_channels(channels) != process.output_channels(channels):
+        raise UserError(
+            f"training.init_from: that model has the variance {theirs.process.variance}, and this run has "
+            f"{process.variance} (process.variance): both must be learned_range, or neither."
         )
     if theirs.image_shape[2] != channels:
         raise UserError(

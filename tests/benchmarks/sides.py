@@ -67,7 +67,7 @@ class Ours:
         spec = TrainSpec(dataset_uri="none", network=shape.network, training=training)
         world = World(device=device)
         self.learner = Learner(spec, shape.image_shape, CLASSES, world)
-        self.batches = Batches(_Images(shape), training, world, CLASSES, self.learner.process.schedule)  # type: ignore[arg-type]
+        self.batches = Batches(_Images(shape), training, world, CLASSES, self.learner.process.schedule.training_times)  # type: ignore[arg-type]
         self.images_seen = 0
         network = build_network(shape.network, shape.image_shape, CLASSES).to(device).eval().requires_grad_(False)
         generation = GenerationConfig(

@@ -94,6 +94,19 @@ CASES = [
     setting("name with a space", "name=my digits", words=["name", "my digits"]),
     setting("no held-out images", "dataset.test_fraction=0", words=["dataset.test_fraction", "0"]),
     setting("more steps than timesteps", "process.timesteps=20", words=["sampler.steps", "20 timesteps"]),
+    setting(
+        "hybrid without a learned variance", "training.objective.loss=hybrid", words=["objective.loss", "fixed_small"]
+    ),
+    setting(
+        "a learned variance that nothing trains", "process.variance=learned_range", words=["objective.loss", "hybrid"]
+    ),
+    setting("unknown weighting", "training.objective.weighting=snr", words=["objective.weighting", "snr", "min_snr"]),
+    setting("a weight of importance of 0", "training.objective.importance=[1, 0]", words=["objective.importance", "0"]),
+    setting(
+        "a bound of too many steps",
+        "evaluation.likelihood={images: 9, steps: 2000}",
+        words=["evaluation.likelihood.steps", "2000", "1000 timesteps"],
+    ),
     setting("eta of ddpm", "generation.sampler={kind: ddpm, steps: 9, eta: 1}", words=["generation.sampler", "eta"]),
     setting("negative guidance", "generation.guidance.scale=-2", words=["generation.guidance.scale", "-2"]),
     setting("inception without weights", "evaluation.extractor=inception", words=["inception_weights"]),

@@ -12,11 +12,18 @@ from tests.digits_quality import legible, recall
 
 SHORTER = ["training.images=48000", "training.preview_every_images=0", "training.checkpoint_every_images=48000"]
 
+LEARNED_VARIANCE = [
+    "process.variance=learned_range",
+    "training.objective.loss=hybrid",
+    "generation.sampler={kind: ddpm, steps: 100}",
+]
+
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_generated_digits_are_legible_and_varied(ray_cluster: object, store: str) -> None:
-    config = load_config("digits", settings=SHORTER, shortcuts={"store": store})
+@pytest.mark.parametrize("chosen", [[], LEARNED_VARIANCE])
+def test_generated_digits_are_legible_and_varied(ray_cluster: object, store: str, chosen: list[str]) -> None:
+    config = load_config("digits", settings=[*SHORTER, *chosen], shortcuts={"store": store})
     dataset = run_job("shard", config.shard_request(), ShardResult, config.backend)
     run = run_job("train", config.train_request(dataset), TrainResult, config.backend)
     request = GenerateRequest(

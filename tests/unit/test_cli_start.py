@@ -13,7 +13,7 @@ from flows import cli
 
 HEAVY = ("torch", "ray", "prefect", "mlflow", "pandas", "pyarrow", "numpy", "pydantic", "boto3", "sklearn")
 VERBS = ["demo", "shard", "train", "evaluate", "register", "generate", "pipeline", "config", "stack", "list"]
-SHORT_VERBS = ["promote", "rollback", "lineage", "reproduce", "verify", "prune"]
+SHORT_VERBS = ["export", "promote", "rollback", "lineage", "reproduce", "verify", "prune"]
 PROGRAM = """
 import json, resource, sys
 from flows.cli import main

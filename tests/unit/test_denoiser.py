@@ -161,6 +161,40 @@ def test_the_interval_may_be_open_at_one_end(limits: dict[str, float]) -> None:
     assert sizes == ([8, 4] if "min_log_snr" in limits else [4, 8])
 
 
+@pytest.mark.parametrize("prediction", list(Prediction))
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 3.0])
+def test_a_guide_takes_the_place_of_the_missing_label(scale: float, prediction: Prediction) -> None:
+    """Karras et al. 2024 ("Guiding a diffusion model with a bad version of itself"), in terms of x0."""
+    p, x_t, network = process(prediction), noisy(), Labelled()
+
+    class Weaker(Labelled):
+        def __call__(self, x_t: Tensor, t: Tensor, /, label: Tensor) -> Tensor:
+            return 0.7 * super().__call__(x_t, t, label=label) - 1.0
+
+    guide = Weaker()
+    got = Denoiser(p, network, {"label": LABELS}, GuidanceConfig(scale=scale), guide=guide)(x_t, 400)
+    assert len(network.calls) == (0 if scale == 0.0 else 1), "never twice, and never without the label"
+    assert len(guide.calls) == (0 if scale == 1.0 else 1)
+    assert all(torch.equal(label, LABELS) for _, _, label in network.calls + guide.calls)
+    seen = p.network_inputs(x_t, 400)[0]
+    ours = p.predict_x0(x_t, 400, network(seen, torch.tensor(400), label=LABELS))
+    theirs = p.predict_x0(x_t, 400, guide(seen, torch.tensor(400), label=LABELS))
+    torch.testing.assert_close(got, theirs + scale * (ours - theirs))
+
+
+def test_a_guide_without_labels_is_asked_without_and_guides_models_without() -> None:
+    p, x_t = process("x0"), noisy()
+
+    def guide(x: Tensor, t: Tensor, /) -> Tensor:
+        return 0.5 * x
+
+    got = Denoiser(p, Labelled(), {"label": LABELS}, GuidanceConfig(scale=2), guide=guide)(x_t, 400)
+    ours = Labelled()(x_t, torch.tensor(400), label=LABELS)
+    torch.testing.assert_close(got, 2 * ours - 0.5 * x_t)
+    got = Denoiser(p, lambda x, t, /: x, None, GuidanceConfig(scale=2, rescale=1.0), guide=guide)(x_t, 400)
+    torch.testing.assert_close(got, x_t, msg="1.5 x, brought back to the deviation of x")
+
+
 def test_half_precision_outputs_are_combined_in_float32() -> None:
     class Half(Labelled):
         def __call__(self, x_t: Tensor, t: Tensor, /, label: Tensor) -> Tensor:

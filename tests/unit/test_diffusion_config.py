@@ -20,16 +20,8 @@ from diffusion_core.diffusion import (
     make_sampler,
     make_schedule,
 )
-from diffusion_core.diffusion.config import (
-    Choice,
-    Prediction,
-    SamplerKind,
-    ScheduleKind,
-    Spacing,
-    Threshold,
-    Variance,
-    check_sampler,
-)
+from diffusion_core.diffusion.config import check_sampler
+from diffusion_core.diffusion.kinds import Choice, Prediction, SamplerKind, ScheduleKind, Spacing, Threshold, Variance
 from diffusion_core.networks import UNetConfig
 
 
@@ -112,6 +104,7 @@ def test_options_reach_the_sampler(fields: dict[str, object], attribute: str, va
         (ProcessConfig, {"schedule": "vp", "prediction": "v", "rescale_zero_terminal_snr": True}, "with timesteps"),
         (ProcessConfig, {"schedule": "flow"}, "prediction epsilon is not accepted with the schedule flow"),
         (ProcessConfig, {"schedule": "edm", "prediction": "v"}, "prediction v is not accepted with the schedule edm"),
+        (ProcessConfig, {"schedule": "vp", "variance": "learned_range"}, "learned_range is for the schedules with"),
         (ProcessConfig, {"sigma_max": 50}, "sigma_max is for the schedules ve and edm only"),
         (ProcessConfig, {"sigma_data": 0.3}, "sigma_data is for the prediction edm only"),
         (GuidanceConfig, {"min_log_snr": 2, "max_log_snr": 1}, "min_log_snr 2.0 must be below max_log_snr"),

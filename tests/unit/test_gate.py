@@ -12,8 +12,17 @@ import pytest
 from PIL import Image
 
 from diffusion_core import tracking
+from diffusion_core.bundle import bundle_digest, load_bundle
 from diffusion_core.config import UserError
-from diffusion_core.evaluation.config import ClassifierConfig, EvaluationConfig, GateConfig
+from diffusion_core.diffusion import GuidanceConfig
+from diffusion_core.evaluation.config import (
+    ClassifierConfig,
+    EvaluationConfig,
+    GateConfig,
+    LikelihoodConfig,
+    LikelihoodMethod,
+)
+from diffusion_core.evaluation.likelihood import held_out_bits
 from diffusion_core.jobs import register
 from diffusion_core.jobs.evaluate import attach, check_comparable, evaluate, samples_of
 from diffusion_core.jobs.requests import EvaluateRequest, RegisterRequest, Resources
@@ -103,6 +112,18 @@ def test_the_report_says_what_was_compared_and_never_calls_it_fid(store, dataset
     assert json.loads(done.directory.read("evaluation.json")) == report
 
 
+def test_the_model_that_guides_is_part_of_an_evaluation(store, dataset, bundles):
+    guidance = GuidanceConfig(scale=2, guide=bundles["awful"])
+    guided = CONFIG.model_copy(update={"guidance": guidance})
+    model_of_quality(store, dataset, guided, 1, 30)
+    done = measured(store, dataset, bundles["good"], guided)
+    assert done.report["guided_by"] == [f"guide {bundle_digest(bundles['awful'])}"]
+    plain = measured(store, dataset, bundles["good"])
+    assert done.uri != plain.uri and "guided_by" not in plain.report
+    assert done.report["image_set"] != plain.report["image_set"]
+    assert measured(store, dataset, bundles["good"], guided).reused
+
+
 def test_the_floor_is_the_same_figures_of_the_test_split(store, dataset, bundles):
     from diffusion_core.evaluation.distances import GaussianStatistics, frechet_distance, precision_recall
     from diffusion_core.evaluation.features import make_extractor
@@ -121,6 +142,21 @@ def test_generated_images_are_the_second_side_of_precision_and_recall(store, dat
     narrow = model_of_quality(store, dataset, CONFIG, seed=20, noise=8)
     figures = measured(store, dataset, narrow).report["figures"]
     assert figures["precision"] > 0.9 and figures["recall"] < 0.5
+
+
+@pytest.mark.parametrize("method", ["bound", "exact"])
+def test_bits_per_dimension_of_held_out_images_are_a_figure_if_wanted(store, dataset, bundles, method):
+    """Each image with its own label and noise, whatever the batches; other figures stay."""
+    wanted = LikelihoodConfig(images=90, method=method, steps=4)
+    config = CONFIG.model_copy(update={"likelihood": wanted})
+    without, done = (measured(store, dataset, bundles["good"], one).report for one in (CONFIG, config))
+    assert done["figures"].pop("bits_per_dim") == pytest.approx(
+        held_out_bits(load_bundle(bundles["good"]), dataset, wanted, 37, CONFIG.seed), rel=1e-5
+    )
+    assert done["figures"] == without["figures"]
+    with pytest.raises(UserError, match=r"evaluation\.likelihood\.steps: 2000 is more than the 1000 timesteps"):
+        too_many = wanted.model_copy(update={"steps": 2000, "method": LikelihoodMethod.BOUND})
+        measured(store, dataset, bundles["good"], CONFIG.model_copy(update={"likelihood": too_many}))
 
 
 def test_a_finished_evaluation_is_found_without_torch_ray_or_mlflow(store, dataset, bundles, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -60,7 +61,7 @@ def ours(
     return torch.stack(states)
 
 
-def theirs(scheduler: Any, **options: Any) -> Tensor:
+def theirs(scheduler: Any, network: Callable[..., Tensor] = network, **options: Any) -> Tensor:
     x, states, generator = start(), [], torch.Generator().manual_seed(7)
     for t in scheduler.timesteps:
         x = scheduler.step(network(x, t.expand(3)), t, x, generator=generator, **options).prev_sample
@@ -84,6 +85,33 @@ def test_ddpm(kind: str, prediction: str, clip: bool, variance: str, steps: int)
     scheduler.set_timesteps(timesteps=times)
     got = ours("ddpm", schedule, prediction, clip, times, variance=variance)
     torch.testing.assert_close(got, theirs(scheduler), **EXACT)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+@pytest.mark.parametrize("prediction", list(PREDICTIONS))
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("steps", [10, 13])
+def test_ddpm_with_a_learned_variance(kind: str, prediction: str, clip: bool, steps: int) -> None:
+    """With the betas of the visited times, also where these do not divide T; the network's variance leaves [-1, 1]."""
+    schedule = schedule_of(kind)
+    scheduler = with_tables(
+        diffusers.DDPMScheduler(
+            prediction_type=PREDICTIONS[prediction], clip_sample=clip, variance_type="learned_range"
+        ),
+        schedule,
+    )
+    times = [int(t) for t in schedule.times(steps, Spacing.LINSPACE)]
+    scheduler.set_timesteps(timesteps=times)
+
+    def two(x_t: Tensor, t: Tensor, /) -> Tensor:
+        return torch.cat((network(x_t, t), 1.2 * torch.sin(5 * x_t)), dim=1)
+
+    process = GaussianProcess(schedule, prediction, "learned_range")
+    denoiser = Denoiser(process, two, threshold="static" if clip else "none")
+    sampler = make_sampler("ddpm", schedule, steps, times=[float(t) for t in times], variance="learned_range")
+    states: list[Tensor] = []
+    sampler.sample(denoiser, start(), GeneratorNoise(), lambda step: states.append(step.x_s))
+    torch.testing.assert_close(torch.stack(states), theirs(scheduler, two), **EXACT)
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])

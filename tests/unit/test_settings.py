@@ -8,17 +8,18 @@ import pytest
 import yaml
 
 from diffusion_core.config import UserError
-from diffusion_core.networks.config import check_image_size
+from diffusion_core.networks.config import DiTConfig, UNetConfig, check_image_size
 from flows.config import PipelineConfig
 from flows.settings import as_values, field_paths, load_config, preset_names, seconds
 from flows.shortcuts import load
 
 
 def test_the_presets_are_there_and_whole():
-    assert preset_names() == ["cifar10", "digits", "fashion-mnist"]
+    assert {"cifar10", "digits", "fashion-mnist"} < set(preset_names())
     for name in preset_names():
         config = load_config(preset=name)
-        assert config.name == config.dataset.name == name
+        assert config.name == name
+        assert config.dataset.name == ("digits" if name.startswith("digits") else name)  # methods share a dataset
         assert config.dataset.size is not None
         check_image_size(config.network, *config.dataset.size)
         assert config.generation.first_image_id == 0  # so that a second run finds its images
@@ -64,6 +65,48 @@ def test_values_are_yaml():
     assert config.training.time_budget_s is None
     assert (config.generation.sampler.kind, config.generation.sampler.steps) == ("ddpm", 7)
     assert config.generation.labels == (1, 7)
+
+
+def test_a_network_of_another_kind_starts_from_its_own_defaults(tmp_path: Path):
+    """What the preset says of its U-Net means nothing to a transformer."""
+    settings = ["network.width=64", "network.kind=dit"]
+    assert load_config("digits", settings=settings).network == DiTConfig(width=64)
+    path = tmp_path / "mine.yaml"
+    path.write_text("preset: digits\nnetwork: {kind: dit, depth: 3}\n")
+    assert load_config(file=str(path)).network == DiTConfig(depth=3)
+    assert load_config(file=str(path), settings=["network.kind=unet"]).network == UNetConfig()
+    same = load_config("digits", settings=["network.kind=unet", "network.dropout=0.5"]).network
+    assert same == load_config("digits").network.model_copy(update={"dropout": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            ["network.kind=dit", "network.base_channels=64"],
+            r"^network\.base_channels: there is no such field of kind=dit",
+        ),
+        (["network.width=64"], r"^network\.width: there is no such field of kind=unet"),
+        (["network.base_channels=x"], r"^network\.base_channels: 'x' is not accepted"),
+        (["network.kind=vit"], r"^network: .*'vit'.* is not accepted: its kind must be unet, dit or classifier\.$"),
+        (
+            ["network.kind=dit", "network.widht=8"],
+            r"network\.widht: there is no such field, did you mean network\.width",
+        ),
+    ],
+)
+def test_mistakes_in_a_network_are_named(settings: list[str], said: str):
+    with pytest.raises(UserError, match=said):
+        load_config("digits", settings=settings)
+
+
+def test_a_form_offers_every_kind_of_network():
+    """As `anyOf`, which Prefect's forms show; a filled-in form without a kind can only be meant as a U-Net."""
+    schema = PipelineConfig.model_json_schema()
+    choices = [choice["$ref"].rpartition("/")[2] for choice in schema["properties"]["network"]["anyOf"]]
+    assert choices == ["UNetConfig", "DiTConfig", "NoisyClassifierConfig"]
+    assert all(schema["$defs"][name]["required"] == ["kind"] for name in choices[1:])
+    assert as_values(load_config("digits", settings=["network.kind=dit"]))["network"]["kind"] == "dit"
 
 
 def test_a_source_replaces_the_bundled_digits(tmp_path: Path):

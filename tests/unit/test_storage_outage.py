@@ -120,7 +120,7 @@ def _assert_away(act: Callable[[], object], endpoint: str) -> None:
     with patience(0.05), pytest.raises(StoreUnavailable) as caught:
         act()
     sentence = str(caught.value)
-    assert not isinstance(caught.value, UserError) and isinstance(caught.value, OSError)
+    assert not isinstance(caught.value, UserError | OSError)
     assert sentence.startswith(f"The store {STORE}/ cannot be reached: ") and endpoint in sentence
     assert "\n" not in sentence and sentence.endswith(".")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import math
 import struct
 import zipfile
@@ -99,8 +98,6 @@ class ArrayReader(Reader):
                     if whole < count:
                         raise EOFError("the file ends before its last image")
         except UNREADABLE as error:
-            if isinstance(error, OSError) and not self.place.is_local and not isinstance(error, gzip.BadGzipFile):
-                raise  # it may be the network, and a reject would be for ever
             for slot, row in zip(slots[done:], rows[done:], strict=True):
                 yield Item(int(slot), array.item_key(int(row)), RejectedItem(f"truncated or damaged file: {error}"))
 

@@ -18,7 +18,6 @@ from diffusion_core.data.sources.base import Scan
 from diffusion_core.data.sources.hashed import HashedFile
 from diffusion_core.data.sources.labels import split_in
 from diffusion_core.data.sources.listing import SourceFile
-from diffusion_core.patience import StoreUnavailable
 
 
 def is_idx(key: str) -> bool:
@@ -70,8 +69,6 @@ class IdxSource(ArraySource):
         try:
             with file.unchanged(), _open_idx(file) as stream:
                 return np.frombuffer(stream.read(offset + count), np.uint8, count, offset)
-        except StoreUnavailable:
-            raise
         except UNREADABLE as error:
             raise UserError(f"source.uri: the labels in {file.key} are truncated or damaged ({error}).") from error
 
@@ -81,8 +78,6 @@ class IdxSource(ArraySource):
             with file.unchanged(), _open_idx(file) as stream:
                 zero, kind, dimensions = struct.unpack(">HBB", stream.read(4))
                 shape = struct.unpack(f">{dimensions}I", stream.read(4 * dimensions))
-        except StoreUnavailable:
-            raise
         except UNREADABLE as error:
             raise UserError(
                 f"source.uri: {file.key} is not an IDX file: its header cannot be read ({error})."

@@ -15,7 +15,6 @@ from diffusion_core.data.sources.arrays import UNREADABLE, ArrayReader, ArraySou
 from diffusion_core.data.sources.base import Scan
 from diffusion_core.data.sources.hashed import HashedFile
 from diffusion_core.data.sources.listing import SourceFile, suffix
-from diffusion_core.patience import StoreUnavailable
 
 
 class NpzReader(ArrayReader):
@@ -48,8 +47,6 @@ class NpzSource(ArraySource):
                     np.load(stream, allow_pickle=False) as archive,
                 ):
                     self._add(file, archive, arrays, labels)
-            except StoreUnavailable:
-                raise
             except UNREADABLE as error:
                 raise UserError(f"source.uri: {file.key} is not a readable .npz archive ({error}).") from error
         if not arrays:

@@ -31,7 +31,6 @@ from diffusion_core.data.sources.labels import (
 from diffusion_core.data.sources.listing import IMAGE_SUFFIXES, SourceFile, look, suffix
 from diffusion_core.data.sources.parquet_reader import ImageTable, ParquetReader, named_files
 from diffusion_core.data.transforms import RejectedItem
-from diffusion_core.patience import StoreUnavailable
 
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "jpeg", "webp")
 _LOOKS = 32  # files looked for at once
@@ -75,7 +74,7 @@ class ParquetSource(Source):
                     parquet = pq.ParquetFile(stream)
                     file = self._describe(hashed, parquet, first)
                     columns = self._read_columns(parquet, file)
-            except (MemoryError, StoreUnavailable):
+            except MemoryError:
                 raise
             except (pa.ArrowException, OSError) as error:
                 rejected.append((hashed.key, f"not a readable Parquet file: {error}"))
@@ -97,7 +96,7 @@ class ParquetSource(Source):
             with self.place.open(key) as stream:
                 parquet = pq.ParquetFile(stream)
                 return set(named_files(parquet, key, self._image_column(key, parquet.schema_arrow)))
-        except (MemoryError, StoreUnavailable):
+        except MemoryError:
             raise
         except (pa.ArrowException, OSError):
             return set()  # the scan says what is wrong with it

@@ -117,8 +117,6 @@ class ParquetReader(Reader):
         except MemoryError:  # Arrow's is also an ArrowException; it says nothing about the file
             raise
         except (pa.ArrowException, OSError) as error:
-            if not self.place.is_local:  # it may be the network, and a reject would be for ever
-                raise
             yield RejectedItem(f"row group {group} cannot be read: {error}")
 
     def _contents(self, file: ImageTable, images: pa.Array) -> Iterator[bytes | RejectedItem]:

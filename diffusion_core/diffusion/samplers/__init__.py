@@ -1,35 +1,20 @@
-"""Samplers: they see a denoiser and a schedule, and nothing else. One file per family, one line each in `_SAMPLERS`."""
+"""Samplers: they see a denoiser and a schedule, and nothing else. One file per family, one line each in
+`SamplerKind`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from diffusion_core.config import UserError
-from diffusion_core.diffusion.config import SamplerConfig, SamplerKind
+from diffusion_core.diffusion.config import SamplerConfig
+from diffusion_core.diffusion.kinds import SamplerKind
 from diffusion_core.diffusion.process import GaussianProcess
 from diffusion_core.diffusion.samplers.ancestral import AncestralSampler
 from diffusion_core.diffusion.samplers.base import Move, Noise, Sampler, Step
 from diffusion_core.diffusion.samplers.ddim import DDIMSampler
-from diffusion_core.diffusion.samplers.dpm_solver import DPMSolver2M, DPMSolver2MSDE, DPMSolver3M, DPMSolver3MSDE
-from diffusion_core.diffusion.samplers.edm import EulerSampler, HeunSampler
-from diffusion_core.diffusion.samplers.predictor_corrector import PredictorCorrectorSampler
-from diffusion_core.diffusion.samplers.unipc import UniPCSampler
 from diffusion_core.diffusion.schedules import NoiseSchedule
 
 __all__ = ["AncestralSampler", "DDIMSampler", "Move", "Noise", "Sampler", "Step", "build_sampler", "make_sampler"]
-
-_SAMPLERS: dict[SamplerKind, type[Sampler]] = {
-    SamplerKind.DDPM: AncestralSampler,
-    SamplerKind.DDIM: DDIMSampler,
-    SamplerKind.EULER: EulerSampler,
-    SamplerKind.HEUN: HeunSampler,
-    SamplerKind.DPMPP_2M: DPMSolver2M,
-    SamplerKind.DPMPP_3M: DPMSolver3M,
-    SamplerKind.DPMPP_2M_SDE: DPMSolver2MSDE,
-    SamplerKind.DPMPP_3M_SDE: DPMSolver3MSDE,
-    SamplerKind.UNIPC: UniPCSampler,
-    SamplerKind.PREDICTOR_CORRECTOR: PredictorCorrectorSampler,
-}
 
 
 def make_sampler(kind: SamplerKind | str, schedule: NoiseSchedule, steps: int, **options: Any) -> Sampler:
@@ -58,6 +43,7 @@ def build_sampler(config: SamplerConfig, process: GaussianProcess) -> Sampler:
 
 
 def _sampler(kind: SamplerKind | str) -> type[Sampler]:
-    if kind not in _SAMPLERS:
-        raise UserError(f"sampler.kind: {str(kind)!r} is not accepted: known are {', '.join(_SAMPLERS)}.")
-    return _SAMPLERS[SamplerKind(kind)]
+    if kind not in set(SamplerKind):
+        raise UserError(f"sampler.kind: {str(kind)!r} is not accepted: known are {', '.join(SamplerKind)}.")
+    found: type[Sampler] = SamplerKind(kind).load(__name__)
+    return found

@@ -1,7 +1,7 @@
 """What all samplers share: the list of times, the loop over them, and the address of their noise.
 
-A new sampler is one file with a subclass of `Sampler` that says how one `Move` is made, and one line in the registry of
-this package.
+A new sampler is one file with a subclass of `Sampler` that says how one `Move` is made, and one line in
+`SamplerKind`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from diffusion_core.config import UserError
-from diffusion_core.diffusion.config import SamplerConfig, Spacing
+from diffusion_core.diffusion.config import SamplerConfig
+from diffusion_core.diffusion.kinds import Spacing
 from diffusion_core.diffusion.process import GaussianProcess
 from diffusion_core.diffusion.schedules import NoiseSchedule
 
@@ -83,6 +84,7 @@ class Move:
         self.x_t, self.past = x_t, past
         self._denoiser, self._noise, self._draws = denoiser, noise, 0
         self._x0_hat: Tensor | None = None
+        self._fraction: Tensor | None = None
 
     @property
     def last(self) -> bool:
@@ -95,6 +97,21 @@ class Move:
         if self._x0_hat is None:
             self._x0_hat = self.evaluate(self.x_t, self.t)
         return self._x0_hat
+
+    @property
+    def fraction(self) -> Tensor:
+        """Where the learned variance lies (see `GaussianProcess.split`); asked for before `x0_hat`, it comes with it.
+
+        Raises:
+            ValueError: if the denoiser does not tell it.
+        """
+        if self._fraction is None:
+            estimate = self._denoiser.estimate(self.x_t, self.t) if hasattr(self._denoiser, "estimate") else None
+            if estimate is None or estimate.fraction is None:
+                raise ValueError("this sampler needs a learned variance: pass a Denoiser of a process that has one")
+            self._x0_hat, self._fraction = estimate
+        assert self._fraction is not None
+        return self._fraction
 
     def evaluate(self, x: Tensor, t: float) -> Tensor:
         """The denoiser's estimate of x0 anywhere else: one more evaluation."""

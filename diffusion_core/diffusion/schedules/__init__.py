@@ -1,24 +1,16 @@
-"""Noise schedules: x_t = alpha(t) * x0 + sigma(t) * epsilon. One file per family, one line each in `_SCHEDULES`."""
+"""Noise schedules: x_t = alpha(t) * x0 + sigma(t) * epsilon. One file per family, one line each in
+`ScheduleKind`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from diffusion_core.config import UserError
-from diffusion_core.diffusion.config import ScheduleKind
+from diffusion_core.diffusion.kinds import ScheduleKind
 from diffusion_core.diffusion.schedules.base import NoiseSchedule, Time, Transition
 from diffusion_core.diffusion.schedules.continuous import EDMSchedule, FlowSchedule, VESchedule, VPSchedule
-from diffusion_core.diffusion.schedules.discrete import (
-    DiscreteSchedule,
-    cosine_betas,
-    from_betas,
-    linear_betas,
-    quadratic_betas,
-    scaled_linear_betas,
-    sigmoid_betas,
-)
+from diffusion_core.diffusion.schedules.discrete import DiscreteSchedule, from_betas
 
 __all__ = [
     "DiscreteSchedule",
@@ -31,18 +23,6 @@ __all__ = [
     "VPSchedule",
     "make_schedule",
 ]
-
-_SCHEDULES: dict[ScheduleKind, Callable[..., NoiseSchedule]] = {
-    ScheduleKind.LINEAR: partial(from_betas, linear_betas),
-    ScheduleKind.SCALED_LINEAR: partial(from_betas, scaled_linear_betas),
-    ScheduleKind.COSINE: partial(from_betas, cosine_betas),
-    ScheduleKind.QUADRATIC: partial(from_betas, quadratic_betas),
-    ScheduleKind.SIGMOID: partial(from_betas, sigmoid_betas),
-    ScheduleKind.VP: VPSchedule,
-    ScheduleKind.VE: VESchedule,
-    ScheduleKind.EDM: EDMSchedule,
-    ScheduleKind.FLOW: FlowSchedule,
-}
 
 
 def make_schedule(kind: ScheduleKind | str, timesteps: int = 1000, **options: Any) -> NoiseSchedule:
@@ -58,8 +38,11 @@ def make_schedule(kind: ScheduleKind | str, timesteps: int = 1000, **options: An
     Raises:
         UserError: if there is no such kind, or T is below 2.
     """
-    if kind not in _SCHEDULES:
-        raise UserError(f"schedule: {str(kind)!r} is not accepted: known are {', '.join(_SCHEDULES)}.")
+    if kind not in set(ScheduleKind):
+        raise UserError(f"schedule: {str(kind)!r} is not accepted: known are {', '.join(ScheduleKind)}.")
     if timesteps < 2:
         raise UserError(f"timesteps: {timesteps} is not accepted: at least 2 are needed.")
-    return _SCHEDULES[ScheduleKind(kind)](timesteps, **options)
+    kind = ScheduleKind(kind)
+    make = partial(from_betas, kind.load(__name__)) if kind.is_discrete else kind.load(__name__)
+    schedule: NoiseSchedule = make(timesteps, **options)
+    return schedule

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusion_core.config import UserError
-from diffusion_core.diffusion.config import Spacing
+from diffusion_core.diffusion.kinds import Spacing
 
 Time = Tensor | float | int
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_core.diffusion.config import Spacing
+from diffusion_core.diffusion.kinds import Spacing
 from diffusion_core.diffusion.schedules.base import NoiseSchedule, Time
 
 

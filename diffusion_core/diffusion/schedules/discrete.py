@@ -1,7 +1,7 @@
 """Schedules of T timesteps, given by a table of betas (Ho et al. 2020).
 
 They are variance-preserving (alpha**2 + sigma**2 = 1); t counts 0 … T-1 as in the code of Ho et al. (their paper counts
-1 … T), and t = -1 is the clean image. A new one is a function to betas and one line in the registry of this package.
+1 … T), and t = -1 is the clean image. A new one is a function to betas and one line in `ScheduleKind`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_core.diffusion.config import Spacing
+from diffusion_core.diffusion.kinds import Spacing
 from diffusion_core.diffusion.schedules.base import NoiseSchedule, Time
 
 MAX_BETA = 0.999

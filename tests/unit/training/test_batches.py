@@ -40,7 +40,7 @@ def by_position(dataset, size, images_seen=70, **changes):
     found = {}
     for rank in range(size):
         loader = Loader(dataset, "train", config.seed)
-        batches = Batches(loader, config, World(rank, size), CLASSES, make_schedule("linear"))
+        batches = Batches(loader, config, World(rank, size), CLASSES, make_schedule("linear").training_times)
         for one in batches.microbatches(images_seen, batches.fetch(images_seen)):
             if one.weight:
                 for row in range(len(one.x0)):
@@ -61,7 +61,7 @@ def test_any_world_sees_the_same(dataset, size):
 
 def test_reading_ahead_changes_nothing(dataset):
     config = TrainingConfig(batch_size=10, microbatch_size=10)
-    batches = Batches(Loader(dataset, "train", 0), config, World(), CLASSES, make_schedule("linear"))
+    batches = Batches(Loader(dataset, "train", 0), config, World(), CLASSES, make_schedule("linear").training_times)
     forwards = [batches.fetch(seen).images for seen in (0, 10, 20, 30)]
     jumped = batches.fetch(10).images
     batches.close()

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from diffusion_core.bundle import BundleConfig, DatasetReference
-from diffusion_core.config import UserError, explain
+from diffusion_core.config import UserError, digest, explain
 from diffusion_core.diffusion.config import ProcessConfig
 from diffusion_core.training import TrainingConfig, open_run
 from diffusion_core.training.run import check_start
@@ -20,6 +20,8 @@ EXECUTION = {
     "time_budget_s": 10.0,
     "checkpoint_every_images": 70,
     "keep_checkpoints": 9,
+    "ema_snapshot_every_images": 20,
+    "ema_keep_snapshots": 7,
     "preview_every_images": 30,
     "preview_images": 7,
     "preview_steps": 3,
@@ -36,6 +38,7 @@ IDENTITY = {
     "grad_clip": None,
     "ema_halflife_images": 7,
     "ema_rampup_ratio": None,
+    "ema": "power",
     "label_dropout": 0.5,
     "precision": "bfloat16",
     "compile": True,
@@ -43,6 +46,7 @@ IDENTITY = {
     "threads": 2,
     "seed": 1,
     "horizontal_flip": True,
+    "objective": {"weighting": "min_snr"},
 }
 
 
@@ -52,7 +56,7 @@ def dataset(tmp_path_factory):
 
 
 def test_every_field_is_known_to_be_identity_or_execution():
-    assert set(TrainingConfig.model_fields) == {*EXECUTION, *IDENTITY, "init_from"}
+    assert set(TrainingConfig.model_fields) == {*EXECUTION, *IDENTITY, "init_from", "ema_sigma_rels"}
 
 
 @pytest.mark.parametrize(("name", "value"), EXECUTION.items())
@@ -65,6 +69,19 @@ def test_execution_fields_continue_the_same_run(store, dataset, name, value):
 @pytest.mark.parametrize(("name", "value"), IDENTITY.items())
 def test_identity_fields_make_another_run(store, dataset, name, value):
     assert open_run(store, toy_spec(dataset)).run_id != open_run(store, toy_spec(dataset, **{name: value})).run_id
+
+
+def test_the_widths_of_power_averages_are_identity(store, dataset):
+    ids = {
+        open_run(store, toy_spec(dataset, **fields)).run_id
+        for fields in ({}, {"ema": "power"}, {"ema": "power", "ema_sigma_rels": (0.05, 0.2)})
+    }
+    assert len(ids) == 3
+
+
+def test_ids_of_what_was_made_before_the_new_fields_stay():
+    """Digest of the first release."""
+    assert digest(TrainingConfig()) == "6bf7382bfc8f8d54"
 
 
 def test_the_data_decide_the_run_not_their_place(store, tmp_path, dataset):
@@ -89,6 +106,10 @@ def test_the_network_decides_the_run(store, dataset):
         ({"learning_rate": 0}, "learning_rate"),
         ({"precision": "float16"}, "precision"),
         ({"images": 0}, "images"),
+        ({"ema": "cosine"}, "ema"),
+        ({"ema": "power", "ema_sigma_rels": (0.05, 0.3)}, "ema_sigma_rels.1: 0.3 is not accepted"),
+        ({"ema": "power", "ema_sigma_rels": (0.1, 0.1)}, "ema_sigma_rels [0.1, 0.1] must be two different widths"),
+        ({"ema_sigma_rels": (0.05, 0.2)}, "ema_sigma_rels is for the moving average power only"),
         ({"colour": 1}, "colour: there is no such field"),
     ],
 )

@@ -17,6 +17,7 @@ from PIL import Image
 from diffusion_core.bundle import load_bundle
 from diffusion_core.config import UserError
 from diffusion_core.diffusion.config import ProcessConfig, SamplerConfig
+from diffusion_core.diffusion.kinds import Variance
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.generation.worker import Generator
 from diffusion_core.training import loop as loop_module
@@ -66,21 +67,30 @@ def straight(dataset, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "process",
+    ("process", "objective", "kind"),
     [
-        {"schedule": "edm", "prediction": "edm"},
-        {"schedule": "flow", "prediction": "flow"},
-        {"prediction": "v", "rescale_zero_terminal_snr": True},
+        ({"schedule": "edm", "prediction": "edm"}, {"time_mean": -0.4, "time_std": 1.0}, "dpmpp_2m"),
+        ({"schedule": "flow", "prediction": "flow"}, {"times": "logit_normal"}, "dpmpp_2m"),
+        ({"prediction": "v", "rescale_zero_terminal_snr": True}, {"weighting": "min_snr"}, "dpmpp_2m"),
+        ({"variance": "learned_range"}, {"loss": "hybrid"}, "ddpm"),
+        (
+            {"variance": "learned_range", "prediction": "v"},
+            {"loss": "vlb", "times": "importance", "importance": (8, 4, 2, 1)},
+            "ddpm",
+        ),
     ],
 )
-def test_every_kind_of_process_is_trained_exported_and_sampled(process, dataset, tmp_path):
-    spec = toy_spec(dataset, images=800, ema_halflife_images=100, learning_rate=5e-3)
+def test_every_kind_of_process_and_objective_is_trained_exported_and_sampled(
+    process, objective, kind, dataset, tmp_path
+):
+    spec = toy_spec(dataset, images=800, ema_halflife_images=100, learning_rate=5e-3, objective=objective)
     spec = spec.model_copy(update={"process": ProcessConfig.model_validate(process)})
     run = open_run(str(tmp_path), spec)
     outcome = train(spec, run)
     bundle = load_bundle(run.bundle(outcome.images_seen).uri)
     assert bundle.config.process == spec.process
-    sampler = SamplerConfig.model_validate({"kind": "dpmpp_2m", "steps": 10})
+    assert (bundle.network.conv_out.bias != 0).all(), "zero at first: every channel has learned, the variance's too"
+    sampler = SamplerConfig.model_validate({"kind": kind, "steps": 10})
     generator = Generator(bundle, GenerationConfig(sampler=sampler, batch_size=30))
     images = generator.images(np.arange(30), np.arange(30) % 3)
     # The classes of the toy are three brightnesses, 90 apart.
@@ -126,9 +136,11 @@ def test_continuing_after_a_crash_is_bit_equal(store, dataset, straight, crashes
     assert losses(run) == losses(straight[0]), "recorded once each, with the same values"
 
 
-def test_continuing_with_dropout_flips_and_bfloat16_is_bit_equal(store, tmp_path, dataset):
-    changes = {"precision": "bfloat16", "horizontal_flip": True, "weight_decay": 0.1}
+def test_continuing_with_dropout_flips_bfloat16_and_a_learned_variance_is_bit_equal(store, tmp_path, dataset):
+    objective = {"loss": "hybrid", "times": "importance", "importance": (3, 1)}
+    changes = {"precision": "bfloat16", "horizontal_flip": True, "weight_decay": 0.1, "objective": objective}
     spec = toy_spec(dataset, toy_network(dropout=0.3), **changes)
+    spec = spec.model_copy(update={"process": ProcessConfig(variance=Variance.LEARNED_RANGE)})
     whole, parts = open_run(str(tmp_path / "other"), spec), open_run(store, spec)
     train(spec, whole)
     with pytest.raises(CrashError):
