@@ -258,7 +258,8 @@ class ComparisonConfig(Config):
         for field in ("reference", "candidate"):
             name = getattr(self, field)
             if name is not None and name not in names:
-                raise ValueError(f"the {field} {name} is not among the contestants, which are {', '.join(names)}")
+                shown = ", ".join(names[:10]) + (f", … ({len(names)} in all)" if len(names) > 10 else "")
+                raise ValueError(f"the {field} {name} is not among the contestants, which are {shown}")
         return self
 
     @property

@@ -174,6 +174,7 @@ def _make(bench: _Bench, missing: Sequence[_Cell], resources: Resources) -> int:
     ):
         for done, _ in enumerate(answers, start=1):
             logger.info("%d of %d cells made", done, len(rows))
+        progress.update(total)
     return len(rows)
 
 
