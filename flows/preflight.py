@@ -118,17 +118,14 @@ def _measured(request: EvaluateRequest | CompareRequest, backend: BackendConfig,
     """The configuration of a bundle that is to be measured, which the dataset and the extractor suit."""
     from diffusion_core.bundle import check_makes_images, read_bundle_config
     from diffusion_core.data.shards import open_dataset
+    from diffusion_core.jobs.evaluate import check_comparable
 
     check_store(request.store)
     check_services(request.store, backend, mlflow)
     check_resources("resources.evaluate", request.resources, backend)
     bundle, dataset = read_bundle_config(request.bundle_uri), open_dataset(request.dataset_uri)
     check_makes_images(request.bundle_uri, bundle)
-    if tuple(bundle.image_shape) != tuple(dataset.image_shape):
-        raise UserError(
-            f"The bundle makes images of {_shape(bundle.image_shape)}, but the dataset {request.dataset_uri} has "
-            f"images of {_shape(dataset.image_shape)}: measure it on a dataset of its own shape."
-        )
+    check_comparable(bundle, dataset)
     if not dataset.num_rows("test"):
         raise UserError(f"The dataset {request.dataset_uri} has no test split, and the figures need held-out images.")
     check_evaluation(request.evaluation)
@@ -347,11 +344,6 @@ def _gpus() -> int:
     with suppress(OSError):
         return sum(bool(re.fullmatch(r"nvidia\d+", name)) for name in os.listdir("/dev"))
     return 0
-
-
-def _shape(shape: Sequence[int]) -> str:
-    height, width, channels = shape
-    return f"{height}x{width} with {channels} channel{'s' if channels > 1 else ''}"
 
 
 def check_readable(store: str) -> None:

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from diffusion_core.config import Config, UserError, execution, later
 from diffusion_core.diffusion.config import GuidanceConfig, ProcessConfig, SamplerConfig
-from diffusion_core.diffusion.kinds import Choice, Spacing
+from diffusion_core.diffusion.kinds import Choice, SamplerKind, Spacing
 
 
 class Extractor(StrEnum):
@@ -196,18 +196,7 @@ class Contestant(Config):
         return self.name or f"{self.sampler.kind.value}:{self.sampler.steps}{spacing}{guidance}"
 
 
-_GRID = {
-    "ddpm": (250, 50, 25),
-    "ddim": (50, 25, 10),
-    "euler": (25, 10),
-    "heun": (13, 5),
-    "dpmpp_2m": (25, 10, 7),
-    "dpmpp_3m": (25, 10, 7),
-    "unipc": (25, 10, 7),
-    "dpmpp_2m_sde": (25, 10),
-    "dpmpp_3m_sde": (25, 10),
-    "predictor_corrector": (25,),
-}
+_GRID = ("ddpm:250", *(f"{kind}:{steps}" for kind in SamplerKind for steps in (25, 10)))
 
 
 class ComparisonConfig(Config):
@@ -218,7 +207,7 @@ class ComparisonConfig(Config):
     """
 
     contestants: tuple[Contestant, ...] = execution(
-        tuple(Contestant.model_validate(f"{kind}:{steps}") for kind, many in _GRID.items() for steps in many),
+        tuple(Contestant.model_validate(text) for text in _GRID),
         min_length=1,
         description="The samplers: each as KIND:STEPS, with :SPACING and @GUIDANCE if wanted, or with the fields "
         "sampler, guidance and name.",

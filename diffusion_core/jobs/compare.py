@@ -44,6 +44,7 @@ from diffusion_core.storage import Directory
 if TYPE_CHECKING:
     from diffusion_core.evaluation.features import Reference
 
+ABOUT = "about.json"
 REPORT, TABLE, PICTURE = "comparison.json", "comparison.md", "comparison.png"
 _ALGORITHM = 1  # raised when the figures are computed differently
 _VIEW = 1  # raised when table or picture look different
@@ -105,6 +106,7 @@ def run(request: CompareRequest) -> CompareResult:
 
         with one_at_a_time(request.store, "compare", bench.directory.name):
             reference = Measurer(request.evaluation, bench.dataset).reference(bench.images)  # once, not by each worker
+            bench.directory.create_json(ABOUT, _about(bench))
             made = _make(bench, bench.missing(), request.resources)
             _show(_found(bench, reference), view)
     found = Comparison.model_validate(view.read_json(REPORT))
@@ -146,6 +148,26 @@ def _bench(request: CompareRequest) -> _Bench:
     name = digest("comparison", _ALGORITHM, bundle_digest(request.bundle_uri), dataset.version, extractor, *shared)
     directory = Directory(request.store) / f"comparisons/{name}"
     return _Bench(directory, request.bundle_uri, bundle, dataset, evaluation, config, images)
+
+
+def _about(bench: _Bench) -> dict[str, Any]:
+    """What all cells have in common, for whoever finds them."""
+    bundle, dataset = bench.bundle, bench.dataset
+    return {
+        "schema_version": 1,
+        "comparison_id": bench.directory.name,
+        "bundle": {
+            "uri": bench.bundle_uri,
+            "digest": bundle_digest(bench.bundle_uri),
+            "run_id": bundle.run_id,
+            "images_seen": bundle.images_seen,
+        },
+        "dataset": {"name": dataset.name, "version": dataset.version, "uri": dataset.uri},
+        "extractor": extractor_identity(bench.evaluation, dataset.version),
+        "neighbours": bench.evaluation.neighbours,
+        "images": bench.images,
+        "batch_size": bench.config.batch_size,
+    }
 
 
 def _make(bench: _Bench, missing: Sequence[_Cell], resources: Resources) -> int:

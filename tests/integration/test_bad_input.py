@@ -139,6 +139,7 @@ CASES = [
     comparing("candidate that is none", "--candidate", "ddim:99", words=["candidate", "ddim:99", "ddpm:250"]),
     comparing("no seeds", "--seeds", "0", words=["comparison.seeds", "0", "greater than or equal to 1"]),
     comparing("two of one name", "--sampler", "ddim:9", "--sampler", "ddim:9", words=["two contestants", "ddim:9"]),
+    comparing("dataset of another size", "--dataset", "larger", words=["4x4x1", "8x8x1", "cannot be compared"]),
     comparing("dataset that is not there", "--dataset", "cats", words=["--dataset", "cats", "toy"]),
     # Sources.
     Case("missing source", [*PIPELINE, "--source", "{tmp}/none"], ["source.uri", "{tmp}/none", "does not exist"]),
@@ -318,6 +319,8 @@ def _furnish(store: str) -> str:
     labels = np.arange(12, dtype=np.int64) % 2
     splits = {"train": Batch(images[:8], labels[:8]), "test": Batch(images[8:], labels[8:])}
     dataset = write_dataset(store, "toy", splits, ["cat", "dog"])
+    larger = {split: Batch(np.repeat(np.repeat(batch.images, 2, 1), 2, 2)) for split, batch in splits.items()}
+    write_dataset(store, "larger", larger, [])
     network = UNetConfig(base_channels=8, channel_multipliers=(1,), blocks_per_level=1, head_channels=8)
     config = BundleConfig(
         process=ProcessConfig(timesteps=50),

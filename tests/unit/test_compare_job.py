@@ -21,10 +21,12 @@ from diffusion_core.jobs import compare, compare_cell
 from diffusion_core.jobs.compare_cell import Count, counted
 from diffusion_core.jobs.requests import CompareRequest
 from diffusion_core.storage import Directory
+from flows import listing, prune
 from tests.evaluated import pictures_dataset
 from tests.tiny_bundle import tiny_bundle
 
 EVALUATION = EvaluationConfig(classifier=ClassifierConfig(width=8, features=16, images=500, batch_size=32))
+RUN_OF_TINY_BUNDLES = "0123456789abcdef"
 CONTESTANTS = ["ddpm:6", "ddim:3"]
 
 
@@ -149,12 +151,19 @@ def test_more_seeds_and_contestants_are_added_to_what_is_there(place, inline, st
     assert (more.cells, more.made) == (9, 5)
     assert more.uri.partition("/views/")[0] == first.uri.partition("/views/")[0]
     assert {key: data for key, data in stored(more.uri).items() if key in cells} == cells
+    assert listing.comparisons(store)[first.uri.partition("/views/")[0]]["bundle"]["run_id"] == RUN_OF_TINY_BUNDLES
     assert more.comparison.standings[0].distances[:2] == found.standings[0].distances
 
     named = [{"name": "mine", "sampler": {"kind": "heun", "steps": 2}}, "ddpm:6"]
     renamed = compare.run(request_of(place, store, contestants=named, seeds=3))
     assert renamed.made == 0 and renamed.comparison.standings[0].name == "mine"
     assert renamed.comparison.standings[0].distances == more.comparison.standings[2].distances
+
+
+def test_prune_takes_the_comparisons_of_a_run_that_goes(place, inline, store):
+    home = compare.run(request_of(place, store)).uri.partition("/views/")[0]
+    assert [found.uri for found in prune._their_measurements(store, {RUN_OF_TINY_BUNDLES})] == [home]
+    assert list(prune._their_measurements(store, {"another"})) == []
 
 
 def test_another_number_of_images_is_another_comparison(place, inline, store):
