@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 Preset = Annotated[
-    str | None, typer.Option("--preset", "-p", help="Start from a preset: digits, fashion-mnist, cifar10.")
+    str | None,
+    typer.Option("--preset", "-p", help="Start from a preset: digits, fashion-mnist, cifar10, digits-flow, …"),
 ]
 ConfigFile = Annotated[str | None, typer.Option("--config", "-c", help="Start from a YAML file.", metavar="FILE")]
 Settings = Annotated[

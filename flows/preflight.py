@@ -22,7 +22,7 @@ from diffusion_core.data.config import DatasetConfig, SourceConfig, SourceKind, 
 from diffusion_core.diffusion.config import GuidanceConfig, ProcessConfig, check_sampler
 from diffusion_core.diffusion.objective_config import check_objective
 from diffusion_core.evaluation.comparison import check_contestants
-from diffusion_core.evaluation.config import EvaluationConfig, check_likelihood
+from diffusion_core.evaluation.config import EvaluationConfig, check_held_out_steps
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.jobs.backend import BackendConfig, BackendKind, jobs_address
 from diffusion_core.jobs.requests import (
@@ -65,7 +65,7 @@ def check_pipeline(config: PipelineConfig) -> None:
     check_sampler("evaluation.sampler", config.evaluation.sampler, config.process)
     check_sampler("generation.sampler", config.generation.sampler, config.process)
     check_objective("training.objective", config.training.objective, config.process)
-    check_likelihood("evaluation.likelihood", config.evaluation.likelihood, config.process)
+    check_held_out_steps("evaluation", config.evaluation, config.process)
     check_evaluation(config.evaluation)
     classes, size = known_classes(config.source), config.dataset.size
     shape = (*size, config.dataset.channels) if size else None
@@ -100,7 +100,7 @@ def check_train(request: TrainRequest, backend: BackendConfig) -> None:
 def check_evaluate(request: EvaluateRequest, backend: BackendConfig) -> None:
     bundle, evaluation = _measured(request, backend, request.mlflow_run_id is not None), request.evaluation
     check_sampler("evaluation.sampler", evaluation.sampler, bundle.process)
-    check_likelihood("evaluation.likelihood", evaluation.likelihood, bundle.process)
+    check_held_out_steps("evaluation", evaluation, bundle.process)
     shape, classes = bundle.image_shape, bundle.class_names
     check_guidance("evaluation.guidance", evaluation.guidance, bundle.process, shape, classes, request.store)
 

@@ -67,12 +67,18 @@ def variational_bound(
     return Bound(prior + per_step.sum(dim=1), prior, per_step)
 
 
-def timestep_rms(bound: Bound, ranges: int) -> tuple[float, ...]:
+def timestep_rms(steps: Tensor, ranges: int) -> tuple[float, ...]:
     """Root mean squares of L_t in equal ranges of the steps, the least noise first: the best `importance` of training.
 
-    Nichol & Dhariwal 2021, eq. 18, of a bound with all T steps.
+    Nichol & Dhariwal 2021, eq. 18.
+
+    Args:
+        steps: (N, T), `Bound.steps` of images with all T steps, or (1, T), the root mean squares of each step.
+
+    Raises:
+        UserError: if there are more ranges than steps.
     """
-    steps = bound.steps.double().flip(1)
+    steps = steps.double().flip(1)
     if not 1 <= ranges <= steps.shape[1]:
         raise UserError(f"ranges: {ranges} is not accepted: from 1 to {steps.shape[1]}, the number of steps.")
     return tuple(float(part.square().mean().sqrt()) for part in steps.tensor_split(ranges, dim=1))

@@ -72,7 +72,7 @@ class ObjectiveConfig(Config):
         max_length=4096,
         description="Times importance only: how often each of equal ranges of timesteps is drawn, the least noise "
         "first, in any unit; best are the root mean squares of the loss there (Nichol & Dhariwal 2021, section 3.3), "
-        "which diffusion_core.diffusion.timestep_rms finds of a trained model.",
+        "which an evaluation with evaluation.likelihood.steps = process.timesteps reports of a trained model.",
     )
 
     @model_validator(mode="after")

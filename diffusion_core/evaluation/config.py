@@ -78,13 +78,14 @@ class LikelihoodConfig(Config):
         return self
 
 
-def check_likelihood(field: str, likelihood: LikelihoodConfig, process: ProcessConfig) -> None:
-    """`UserError` if the bound is asked for more steps than the model's process has timesteps."""
-    bound = likelihood.images and likelihood.method is LikelihoodMethod.BOUND
-    if bound and likelihood.steps > process.timesteps:
-        raise UserError(
-            f"{field}.steps: {likelihood.steps} is more than the {process.timesteps} timesteps of the model's process."
-        )
+class InversionConfig(Config):
+    """How well held-out images come back out of the noise that the model finds for them (DDIM inversion)."""
+
+    images: int = Field(0, ge=0, le=1_000_000, description="Held-out images that are inverted; 0: none.")
+    steps: int = Field(50, ge=1, le=100_000, description="DDIM steps there, and back.")
+    iterations: int = Field(
+        1, ge=1, le=100, description="Evaluations of each step to the noise; more make the way back more exact."
+    )
 
 
 class EvaluationConfig(Config):
@@ -114,6 +115,9 @@ class EvaluationConfig(Config):
     likelihood: LikelihoodConfig = later(
         LikelihoodConfig(), description="Bits per dimension of held-out images, if wanted."
     )
+    inversion: InversionConfig = later(
+        InversionConfig(), description="Difference between held-out images and their reconstructions, if wanted."
+    )
     neighbours: int = Field(
         3, ge=1, le=100, description="k of the k-nearest-neighbour manifold of precision and recall."
     )
@@ -133,6 +137,20 @@ class EvaluationConfig(Config):
                 "inception_weights is given but the extractor is classifier: choose the extractor inception"
             )
         return self
+
+
+def check_held_out_steps(field: str, config: EvaluationConfig, process: ProcessConfig) -> None:
+    """`UserError` if a figure of held-out images asks for more steps than the model's process has timesteps."""
+    likelihood, inversion = config.likelihood, config.inversion
+    asked = {
+        "likelihood": likelihood.steps if likelihood.images and likelihood.method is LikelihoodMethod.BOUND else 0,
+        "inversion": inversion.steps if inversion.images else 0,
+    }
+    for name, steps in asked.items():
+        if steps > process.timesteps:
+            raise UserError(
+                f"{field}.{name}.steps: {steps} is more than the {process.timesteps} timesteps of the model's process."
+            )
 
 
 class GateConfig(Config):

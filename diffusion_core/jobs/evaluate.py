@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from diffusion_core.bundle import BundleConfig, bundle_digest, read_bundle_config
 from diffusion_core.config import UserError, digest, identity
 from diffusion_core.data.shards import ImageDataset, open_dataset
-from diffusion_core.evaluation.config import EvaluationConfig, EvaluationLabels, check_likelihood
+from diffusion_core.evaluation.config import EvaluationConfig, EvaluationLabels, check_held_out_steps
 from diffusion_core.evaluation.identity import extractor_identity
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.jobs.guide import with_guides_found
@@ -84,7 +84,7 @@ def evaluate(
     dataset, bundle = open_dataset(dataset_uri), read_bundle_config(bundle_uri)
     samples = samples_of(config, dataset)
     check_comparable(bundle, dataset)
-    check_likelihood("evaluation.likelihood", config.likelihood, bundle.process)
+    check_held_out_steps("evaluation", config, bundle.process)
     config = config.model_copy(update={"guidance": with_guides_found(config.guidance, store)})
     bundle_id, extractor = bundle_digest(bundle_uri), extractor_identity(config, dataset.version)
     guided = [f"{name} {bundle_digest(uri)}" for name, uri in config.guidance.models.items()]
@@ -199,22 +199,32 @@ def _measure(
         "floor": figures(reference, reference.held_out, config),
         "accuracy_by_class": accuracy_by_class(generated, dataset.class_names),
     }
-    if config.likelihood.images:
-        report["figures"]["bits_per_dim"] = _bits_per_dim(bundle_uri, dataset, config)
+    if config.likelihood.images or config.inversion.images:
+        _add_held_out_figures(report, bundle_uri, dataset, config)
     shown = min(samples, 64)
     directory.create(PICTURE, picture(report, dataset.read("test", limit=shown).images, images.read(0, shown)[0]))
     logger.info("evaluated %s", sentence(report))
     return report
 
 
-def _bits_per_dim(bundle_uri: str, dataset: ImageDataset, config: EvaluationConfig) -> float:
+def _add_held_out_figures(
+    report: dict[str, Any], bundle_uri: str, dataset: ImageDataset, config: EvaluationConfig
+) -> None:
+    """Figures of the model on held-out images, and what `training.objective.importance` takes, where it is known."""
     import torch
 
     from diffusion_core.bundle import load_bundle
-    from diffusion_core.evaluation.likelihood import held_out_bits
+    from diffusion_core.evaluation.inversion import inversion_error
+    from diffusion_core.evaluation.likelihood import held_out_likelihood
 
     bundle = load_bundle(bundle_uri, "cuda" if torch.cuda.is_available() else "cpu")
-    return held_out_bits(bundle, dataset, config.likelihood, config.batch_size, config.seed)
+    if config.likelihood.images:
+        found = held_out_likelihood(bundle, dataset, config.likelihood, config.batch_size, config.seed)
+        report["figures"] |= {"bits_per_dim": found.bits_per_dim, "bits_per_dim_error": found.error}
+        if found.importance:
+            report["importance"] = found.importance
+    if config.inversion.images:
+        report["figures"]["inversion_rms"] = inversion_error(bundle, dataset, config.inversion, config.batch_size)
 
 
 def _blocks(images: ImageSet, samples: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:

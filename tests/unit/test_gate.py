@@ -19,10 +19,12 @@ from diffusion_core.evaluation.config import (
     ClassifierConfig,
     EvaluationConfig,
     GateConfig,
+    InversionConfig,
     LikelihoodConfig,
     LikelihoodMethod,
 )
-from diffusion_core.evaluation.likelihood import held_out_bits
+from diffusion_core.evaluation.inversion import inversion_error
+from diffusion_core.evaluation.likelihood import held_out_likelihood
 from diffusion_core.jobs import register
 from diffusion_core.jobs.evaluate import attach, check_comparable, evaluate, samples_of
 from diffusion_core.jobs.requests import EvaluateRequest, RegisterRequest, Resources
@@ -147,16 +149,27 @@ def test_generated_images_are_the_second_side_of_precision_and_recall(store, dat
 @pytest.mark.parametrize("method", ["bound", "exact"])
 def test_bits_per_dimension_of_held_out_images_are_a_figure_if_wanted(store, dataset, bundles, method):
     """Each image with its own label and noise, whatever the batches; other figures stay."""
-    wanted = LikelihoodConfig(images=90, method=method, steps=4)
+    wanted = LikelihoodConfig(images=30, method=method, steps=3)
     config = CONFIG.model_copy(update={"likelihood": wanted})
     without, done = (measured(store, dataset, bundles["good"], one).report for one in (CONFIG, config))
-    assert done["figures"].pop("bits_per_dim") == pytest.approx(
-        held_out_bits(load_bundle(bundles["good"]), dataset, wanted, 37, CONFIG.seed), rel=1e-5
-    )
+    found = held_out_likelihood(load_bundle(bundles["good"]), dataset, wanted, 13, CONFIG.seed)
+    assert done["figures"].pop("bits_per_dim") == pytest.approx(found.bits_per_dim, rel=1e-5)
+    assert done["figures"].pop("bits_per_dim_error") == pytest.approx(found.error, rel=1e-4)
+    assert found.importance is None and "importance" not in done
     assert done["figures"] == without["figures"]
     with pytest.raises(UserError, match=r"evaluation\.likelihood\.steps: 2000 is more than the 1000 timesteps"):
         too_many = wanted.model_copy(update={"steps": 2000, "method": LikelihoodMethod.BOUND})
         measured(store, dataset, bundles["good"], CONFIG.model_copy(update={"likelihood": too_many}))
+
+
+def test_the_difference_of_images_and_their_inversion_is_a_figure_if_wanted(store, dataset, bundles):
+    wanted = InversionConfig(images=20, steps=3)
+    done = measured(store, dataset, bundles["good"], CONFIG.model_copy(update={"inversion": wanted})).report
+    expected = inversion_error(load_bundle(bundles["good"]), dataset, wanted, 7)
+    assert done["figures"]["inversion_rms"] == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(UserError, match=r"evaluation\.inversion\.steps: 2000 is more than the 1000 timesteps"):
+        too_many = InversionConfig(images=1, steps=2000)
+        measured(store, dataset, bundles["good"], CONFIG.model_copy(update={"inversion": too_many}))
 
 
 def test_a_finished_evaluation_is_found_without_torch_ray_or_mlflow(store, dataset, bundles, tmp_path):

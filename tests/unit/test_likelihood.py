@@ -281,12 +281,13 @@ def test_networks_have_a_likelihood() -> None:
 def test_the_best_table_of_importance_comes_from_a_bound() -> None:
     schedule = make_schedule("cosine", 60)
     bound = variational_bound(GaussianProcess(schedule, "x0"), ExactDenoiser(schedule), rounded(GAUSSIAN, 4), keyed(4))
-    table = timestep_rms(bound, 4)
+    table = timestep_rms(bound.steps, 4)
     expected = bound.steps[:, 45:].square().mean().sqrt()  # the least noise, which is the last 15 steps
     assert table[0] == pytest.approx(float(expected))
     assert table[0] == max(table)
+    assert timestep_rms(bound.steps.square().mean(dim=0, keepdim=True).sqrt(), 4) == pytest.approx(table)
     with pytest.raises(UserError, match="ranges: 61 is not accepted"):
-        timestep_rms(bound, 61)
+        timestep_rms(bound.steps, 61)
 
 
 def test_impossible_likelihoods_are_refused() -> None:
