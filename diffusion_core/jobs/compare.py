@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from diffusion_core.bundle import BundleConfig, bundle_digest, read_bundle_config
+from diffusion_core.bundle import BundleConfig, bundle_digest, check_makes_images, read_bundle_config
 from diffusion_core.config import UserError, digest, identity
 from diffusion_core.data.shards import ImageDataset, open_dataset
 from diffusion_core.evaluation.comparison import (
@@ -99,7 +99,7 @@ def run(request: CompareRequest) -> CompareResult:
     """
     started = time.monotonic()
     bench = _bench(request)
-    view = bench.directory / f"views/{digest(_VIEW, request.comparison.model_dump(mode='json'))}"
+    view = bench.directory / f"views/{digest(_VIEW, bench.config.model_dump(mode='json'))}"
     made = 0
     if not view.exists(REPORT):
         from diffusion_core.evaluation.features import Measurer
@@ -133,6 +133,7 @@ def _bench(request: CompareRequest) -> _Bench:
     )
     config = config.model_copy(update={"contestants": contestants, "guidance": common})
     dataset, bundle = open_dataset(request.dataset_uri), read_bundle_config(request.bundle_uri)
+    check_makes_images(request.bundle_uri, bundle)
     check_comparable(bundle, dataset)
     check_contestants(config, bundle.process, bundle.class_names)
     least = evaluation.neighbours + 1

@@ -19,6 +19,7 @@ from diffusion_core.evaluation.config import EvaluationConfig
 from diffusion_core.evaluation.features import Measurer, Reference
 from diffusion_core.evaluation.report import brief_figures
 from diffusion_core.generation.config import GenerationConfig
+from diffusion_core.generation.labels import Labels
 from diffusion_core.generation.worker import Generator, NonFiniteImages
 from diffusion_core.storage import Directory
 
@@ -116,12 +117,10 @@ def make_cell(bench: Bench, tally: Callable[[int], None], row: dict[str, Any]) -
 def _figures(
     bench: Bench, generator: Generator, measurer: Measurer, reference: Reference, count: Count
 ) -> dict[str, float]:
-    classes = generator.bundle.config.num_classes
-    ids = np.arange(bench.images)
-    labels = ids % classes if classes else None
+    ids, labels = np.arange(bench.images), Labels(generator.bundle.config.num_classes)
     with counted(generator.networks, count):
-        images = generator.images(ids, labels)
-    measured = measurer.features(images, labels)
+        images = generator.images(ids, labels.of)
+    measured = measurer.features(images, labels.of(ids))
     evaluations = count.rows / padded(bench.images, bench.batch_size)
     return {"evaluations": evaluations, **brief_figures(reference, measured, bench.evaluation.neighbours)}
 
