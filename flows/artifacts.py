@@ -7,7 +7,14 @@ from typing import TypeVar
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
-from diffusion_core.jobs.requests import EvaluateResult, GenerateResult, RegisterResult, ShardResult, TrainResult
+from diffusion_core.jobs.requests import (
+    CompareResult,
+    EvaluateResult,
+    GenerateResult,
+    RegisterResult,
+    ShardResult,
+    TrainResult,
+)
 from diffusion_core.storage import Directory
 from flows import results
 from flows.results import PipelineResult, Rows
@@ -29,6 +36,12 @@ def of_evaluation(result: EvaluateResult) -> EvaluateResult:
     create_table_artifact(
         results.figure_table(result), key="evaluation", description=f"Figures with their floor; report: {result.uri}"
     )
+    return result
+
+
+def of_comparison(result: CompareResult) -> CompareResult:
+    text = f"## Samplers compared\n\n{results.comparison_text(result)}\n\n{embedded(result.picture)}"
+    create_markdown_artifact(text, key="comparison", description="Sample quality against network evaluations")
     return result
 
 

@@ -197,6 +197,51 @@ def evaluate(
 
 
 @app.command()
+def compare_samplers(
+    model: Annotated[str, typer.Option("--model", help="Bundle, run, or models:/name@alias whose samplers compete.")],
+    preset: o.Preset = None,
+    config_file: o.ConfigFile = None,
+    settings: o.Settings = None,
+    store: o.Store = None,
+    dataset: o.Dataset = None,
+    sampler: o.Contestants = None,
+    reference: o.Reference = None,
+    candidate: o.Candidate = None,
+    seeds: o.Seeds = None,
+    images: o.SeedImages = None,
+    guidance: o.CommonGuidance = None,
+    workers: o.Workers = None,
+    backend: o.Backend = None,
+    as_json: o.Json = False,
+) -> None:
+    """Make a table and a plot of sample quality against network evaluations, sampler by sampler."""
+    config = _config(
+        preset, config_file, settings, source_needed=False,
+        store=store, contestants=sampler or None, reference=reference, candidate=candidate, seeds=seeds,
+        compared_images=images, compared_guidance=guidance, workers=workers, backend=backend,
+    )  # fmt: skip
+    from diffusion_core.jobs.requests import CompareRequest
+    from flows import find, preflight
+    from flows.results import comparison_rows, comparison_text
+    from flows.runner import run_flow
+
+    bundle = find.bundle(model, config.store)
+    request = CompareRequest(
+        store=config.store,
+        resources=config.resources.evaluate,
+        bundle_uri=bundle.uri,
+        dataset_uri=find.dataset(dataset or bundle.config.dataset.uri, config.store, "--dataset"),
+        evaluation=config.evaluation,
+        comparison=config.comparison,
+    )
+    preflight.check_compare(request, config.backend)
+    result = run_flow("compare_samplers", request, config.backend)
+    if not as_json:
+        typer.echo(f"{comparison_text(result)}\n")
+    _show(result, comparison_rows, as_json)
+
+
+@app.command()
 def register(
     model: Annotated[str, typer.Option("--model", help="Bundle or run to register.")],
     preset: o.Preset = None,

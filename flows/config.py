@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from diffusion_core.config import Config, execution
 from diffusion_core.data.config import DatasetConfig, SourceConfig
 from diffusion_core.diffusion.config import ProcessConfig
-from diffusion_core.evaluation.config import EvaluationConfig, GateConfig
+from diffusion_core.evaluation.config import ComparisonConfig, EvaluationConfig, GateConfig
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.jobs.backend import BackendConfig
 from diffusion_core.jobs.requests import (
@@ -52,6 +52,9 @@ class PipelineConfig(Config):
     network: NetworkConfig = Field(default_factory=UNetConfig, description="The network.")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="How the network is trained.")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="How the model is measured.")
+    comparison: ComparisonConfig = Field(
+        default_factory=ComparisonConfig, description="Which samplers compare-samplers compares, and how."
+    )
     gate: GateConfig = Field(default_factory=GateConfig, description="When the new version becomes the champion.")
     generation: GenerationConfig = Field(default_factory=GenerationConfig, description="The images to make.")
     resources: StageResources = execution(default_factory=StageResources, description="Workers of each stage.")

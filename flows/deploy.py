@@ -17,7 +17,13 @@ from flows import pipeline
 from flows.runner import prepare_prefect
 from flows.settings import as_values, load_config, preset_names
 
-STAGES = (pipeline.shard_dataset, pipeline.train_model, pipeline.evaluate_model, pipeline.generate_images)
+STAGES = (
+    pipeline.shard_dataset,
+    pipeline.train_model,
+    pipeline.evaluate_model,
+    pipeline.compare_samplers,
+    pipeline.generate_images,
+)
 
 
 def deployments(store: str) -> list[RunnerDeployment]:

@@ -84,6 +84,13 @@ def evaluations(store: str) -> dict[str, Row]:
     return {place.uri: place.read_json("evaluation.json") for place in places if place.exists("evaluation.json")}
 
 
+def comparisons(store: str) -> dict[str, Row]:
+    """What every comparison of samplers is about, by its URI."""
+    root = Directory(store) / "comparisons"
+    places = (root / child for child in root.children())
+    return {place.uri: place.read_json("about.json") for place in places if place.exists("about.json")}
+
+
 KINDS: dict[str, Callable[[str], list[Row]]] = {
     "models": models,
     "datasets": datasets,

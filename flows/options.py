@@ -55,6 +55,21 @@ Steps = Annotated[str | None, typer.Option("--steps", metavar="N", help="Sampler
 Guidance = Annotated[
     str | None, typer.Option("--guidance", metavar="N", help="Guidance scale of the generation; 1 is neutral.")
 ]
+Contestants = Annotated[
+    list[str] | None,
+    typer.Option("--sampler", help="A sampler to compare, as dpmpp_2m:10; again for each.", metavar="KIND:STEPS"),
+]
+Reference = Annotated[
+    str | None, typer.Option("--reference", help="The one that the others are measured against, as ddpm:250.")
+]
+Candidate = Annotated[
+    str | None, typer.Option("--candidate", help="The one that is to be as good as the reference, as dpmpp_2m:10.")
+]
+Seeds = Annotated[str | None, typer.Option("--seeds", metavar="N", help="Sets of images of each sampler.")]
+SeedImages = Annotated[str | None, typer.Option("--images", metavar="N", help="Images of each set.")]
+CommonGuidance = Annotated[
+    str | None, typer.Option("--guidance", metavar="N", help="Guidance scale of all samplers; 1 is neutral.")
+]
 Format = Annotated[str | None, typer.Option("--format", help="parquet, webdataset or png.")]
 Seed = Annotated[str | None, typer.Option("--seed", metavar="N", help="Seed of the generation.")]
 Backend = Annotated[str | None, typer.Option("--backend", help="local, or jobs (the Ray Jobs API).")]

@@ -63,6 +63,13 @@ def evaluate_model(request: r.EvaluateRequest, backend: BackendConfig = LOCAL) -
     return Stages(backend).evaluate(request)
 
 
+@flow(name="compare-samplers")
+def compare_samplers(request: r.CompareRequest, backend: BackendConfig = LOCAL) -> r.CompareResult:
+    """Measure samplers of one model against each other: quality of the images against network evaluations."""
+    preflight.check_compare(request, backend)
+    return Stages(backend).compare(request)
+
+
 @flow(name="generate-images")
 def generate_images(request: r.GenerateRequest, backend: BackendConfig = LOCAL) -> r.GenerateResult:
     """Generate images with a model version, or complete and extend the set that they belong to."""

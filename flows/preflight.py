@@ -14,20 +14,32 @@ from collections.abc import Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from diffusion_core.config import UserError
 from diffusion_core.data.config import DatasetConfig, SourceConfig, SourceKind, SplitSource
 from diffusion_core.diffusion.config import GuidanceConfig, ProcessConfig, check_sampler
 from diffusion_core.diffusion.objective_config import check_objective
+from diffusion_core.evaluation.comparison import check_contestants
 from diffusion_core.evaluation.config import EvaluationConfig, check_held_out_steps
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.jobs.backend import BackendConfig, BackendKind, jobs_address
-from diffusion_core.jobs.requests import EvaluateRequest, GenerateRequest, Resources, ShardRequest, TrainRequest
+from diffusion_core.jobs.requests import (
+    CompareRequest,
+    EvaluateRequest,
+    GenerateRequest,
+    Resources,
+    ShardRequest,
+    TrainRequest,
+)
 from diffusion_core.networks.config import NetworkConfig, check_image_size
 from diffusion_core.storage import Directory, check_reachable
 from diffusion_core.tracking import tracking_uri
 from flows.config import PipelineConfig
+
+if TYPE_CHECKING:
+    from diffusion_core.bundle import BundleConfig
 
 CONNECT_TIMEOUT_S = 2.0
 LISTED_AT_ONCE = 5_000
@@ -86,27 +98,38 @@ def check_train(request: TrainRequest, backend: BackendConfig) -> None:
 
 
 def check_evaluate(request: EvaluateRequest, backend: BackendConfig) -> None:
+    bundle, evaluation = _measured(request, backend, request.mlflow_run_id is not None), request.evaluation
+    check_sampler("evaluation.sampler", evaluation.sampler, bundle.process)
+    check_held_out_steps("evaluation", evaluation, bundle.process)
+    shape, classes = bundle.image_shape, bundle.class_names
+    check_guidance("evaluation.guidance", evaluation.guidance, bundle.process, shape, classes, request.store)
+
+
+def check_compare(request: CompareRequest, backend: BackendConfig) -> None:
+    bundle, comparison = _measured(request, backend, mlflow=False), request.comparison
+    shape, classes = bundle.image_shape, bundle.class_names
+    check_contestants(comparison, bundle.process, classes)
+    for contestant in comparison.contestants:
+        field, guidance = f"{contestant.label}: guidance", comparison.guidance_of(contestant)
+        check_guidance(field, guidance, bundle.process, shape, classes, request.store)
+
+
+def _measured(request: EvaluateRequest | CompareRequest, backend: BackendConfig, mlflow: bool) -> BundleConfig:
+    """The configuration of a bundle that is to be measured, which the dataset and the extractor suit."""
     from diffusion_core.bundle import check_makes_images, read_bundle_config
     from diffusion_core.data.shards import open_dataset
+    from diffusion_core.jobs.evaluate import check_comparable
 
     check_store(request.store)
-    check_services(request.store, backend, mlflow=request.mlflow_run_id is not None)
+    check_services(request.store, backend, mlflow)
     check_resources("resources.evaluate", request.resources, backend)
     bundle, dataset = read_bundle_config(request.bundle_uri), open_dataset(request.dataset_uri)
     check_makes_images(request.bundle_uri, bundle)
-    if tuple(bundle.image_shape) != tuple(dataset.image_shape):
-        raise UserError(
-            f"The bundle makes images of {_shape(bundle.image_shape)}, but the dataset {request.dataset_uri} has "
-            f"images of {_shape(dataset.image_shape)}: evaluate it on a dataset of its own shape."
-        )
+    check_comparable(bundle, dataset)
     if not dataset.num_rows("test"):
         raise UserError(f"The dataset {request.dataset_uri} has no test split, and the figures need held-out images.")
-    check_sampler("evaluation.sampler", request.evaluation.sampler, bundle.process)
-    check_held_out_steps("evaluation", request.evaluation, bundle.process)
-    guidance = request.evaluation.guidance
-    shape, classes = bundle.image_shape, bundle.class_names
-    check_guidance("evaluation.guidance", guidance, bundle.process, shape, classes, request.store)
     check_evaluation(request.evaluation)
+    return bundle
 
 
 def check_generate(request: GenerateRequest, backend: BackendConfig) -> None:
@@ -321,11 +344,6 @@ def _gpus() -> int:
     with suppress(OSError):
         return sum(bool(re.fullmatch(r"nvidia\d+", name)) for name in os.listdir("/dev"))
     return 0
-
-
-def _shape(shape: Sequence[int]) -> str:
-    height, width, channels = shape
-    return f"{height}x{width} with {channels} channel{'s' if channels > 1 else ''}"
 
 
 def check_readable(store: str) -> None:

@@ -31,14 +31,14 @@ def candidates(store: str, older_than_s: float, unused: bool) -> list[Candidate]
 
     Args:
         older_than_s: age from which the files of a job (request, result, log) may go.
-        unused: also runs that no registered model and no image set came from, with the evaluations of such runs, and
+        unused: also runs that no registered model and no image set came from, with what was measured of such runs, and
             dataset versions without a run.
     """
     found = list(_old_jobs(store, older_than_s))
     if unused:
         runs = list(_unused_runs(store))
         found += runs
-        found += _their_evaluations(store, {Directory(candidate.uri).name for candidate in runs})
+        found += _their_measurements(store, {Directory(candidate.uri).name for candidate in runs})
         found += _unused_datasets(store, kept_out={candidate.uri for candidate in runs})
     return found
 
@@ -76,13 +76,16 @@ def _unused_runs(store: str) -> Iterator[Candidate]:
             )
 
 
-def _their_evaluations(store: str, runs: set[str]) -> Iterator[Candidate]:
+def _their_measurements(store: str, runs: set[str]) -> Iterator[Candidate]:
     sets = {row["uri"] for row in listing.imagesets(store) if row["for"] == "evaluation" and row["run"] in runs}
     for uri in sorted(sets):
         yield _candidate(Directory(uri), "samples of an evaluation of such a run")
     for uri, report in listing.evaluations(store).items():
         if report["image_set"] in sets:
             yield _candidate(Directory(uri), "report of an evaluation of such a run")
+    for uri, about in listing.comparisons(store).items():
+        if about["bundle"]["run_id"] in runs:
+            yield _candidate(Directory(uri), "comparison of samplers of such a run")
 
 
 def _unused_datasets(store: str, kept_out: set[str]) -> Iterator[Candidate]:

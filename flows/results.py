@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffusion_core.config import Config
+from diffusion_core.evaluation.comparison import table
 from diffusion_core.jobs.requests import (
+    CompareResult,
     EvaluateResult,
     GenerateResult,
     RegisterResult,
@@ -120,6 +122,25 @@ def evaluate_rows(result: EvaluateResult) -> Rows:
     return [
         ("evaluation", lines[0]),
         *[("", line) for line in lines[1:]],
+        ("report", result.uri),
+        ("seconds", _seconds(result)),
+    ]
+
+
+def comparison_text(result: CompareResult) -> str:
+    """The table of a comparison of samplers, and the candidate's verdict below it."""
+    found = result.comparison
+    said = f"\n\n{found.verdict.sentence}" if found.verdict else ""
+    return f"{table(found)}{said}"
+
+
+def comparison_rows(result: CompareResult) -> Rows:
+    found = result.comparison
+    return [
+        ("samples", f"{found.images:,} images for each of {len(found.seeds)} seeds; means ± standard errors"),
+        ("cells", f"{result.cells:,}, {result.made:,} new"),
+        ("table", result.table),
+        ("plot", result.picture),
         ("report", result.uri),
         ("seconds", _seconds(result)),
     ]

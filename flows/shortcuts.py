@@ -25,6 +25,12 @@ FIELDS = {
     "guidance": "generation.guidance.scale",
     "seed": "generation.seed",
     "format": "generation.format",
+    "contestants": "comparison.contestants",
+    "reference": "comparison.reference",
+    "candidate": "comparison.candidate",
+    "seeds": "comparison.seeds",
+    "compared_images": "comparison.images",
+    "compared_guidance": "comparison.guidance.scale",
     "backend": "backend.kind",
 }
 
@@ -48,6 +54,8 @@ def load(
         shortcuts.update({f"resources.{stage}.workers": given["workers"] for stage in StageResources.model_fields})
     if given.get("labels") is not None:
         shortcuts["generation.labels"] = _labels(given["labels"])
+    if given.get("contestants"):  # a preset's reference and candidate are among its own contestants
+        settings = ["comparison.reference=null", "comparison.candidate=null", *settings]
     unneeded = None if source_needed else {"name": "diffusion", "source": {"kind": "digits"}}
     config = load_config(preset, file, settings, shortcuts, unneeded)
     stack.adopt(config.store)

@@ -35,6 +35,10 @@ class Stages:
         """Bundle → figures, with their floor."""
         return self._run(_evaluate, request)
 
+    def compare(self, request: r.CompareRequest) -> r.CompareResult:
+        """Bundle → table and plot of its samplers."""
+        return self._run(_compare, request)
+
     def register(self, request: r.RegisterRequest) -> r.RegisterResult:
         """Bundle → model version, champion if the gate lets it pass."""
         return self._run(_register, request)
@@ -74,6 +78,11 @@ def _train(request: r.TrainRequest, backend: BackendConfig) -> r.TrainResult:
 @task(name="evaluate", **_OPTIONS)
 def _evaluate(request: r.EvaluateRequest, backend: BackendConfig) -> r.EvaluateResult:
     return artifacts.of_evaluation(run_stage("evaluate", request, r.EvaluateResult, backend))
+
+
+@task(name="compare", **_OPTIONS)
+def _compare(request: r.CompareRequest, backend: BackendConfig) -> r.CompareResult:
+    return artifacts.of_comparison(run_stage("compare", request, r.CompareResult, backend))
 
 
 @task(name="register", **_OPTIONS)

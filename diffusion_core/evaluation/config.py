@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
-from typing import Self
+from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from diffusion_core.config import Config, UserError, execution, later
 from diffusion_core.diffusion.config import GuidanceConfig, ProcessConfig, SamplerConfig
-from diffusion_core.diffusion.kinds import Choice
+from diffusion_core.diffusion.kinds import Choice, SamplerKind, Spacing
 
 
 class Extractor(StrEnum):
@@ -173,3 +174,108 @@ class GateConfig(Config):
         description="Confidence of the two-sided bootstrap interval that a new champion has to clear.",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the bootstrap.")
+
+
+_AS_TEXT = re.compile(r"^(?P<kind>\w+):(?P<steps>\d+)(?::(?P<spacing>\w+))?(?:@(?P<scale>\d+(?:\.\d+)?))?$")
+
+
+class Contestant(Config):
+    """One way to sample that a comparison measures. As text it is KIND:STEPS, and :SPACING and @GUIDANCE if wanted."""
+
+    name: str | None = execution(
+        None,
+        min_length=1,
+        max_length=60,
+        description="What it is called; default: KIND:STEPS, with :SPACING unless that is trailing, and @GUIDANCE if "
+        "it has one of its own.",
+    )
+    sampler: SamplerConfig = Field(description="Its sampler.")
+    guidance: GuidanceConfig | None = Field(None, description="Its guidance, if not that of the comparison.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        match = _AS_TEXT.match(value)
+        if match is None:
+            raise ValueError(
+                f"{value!r} is none: give KIND:STEPS, as dpmpp_2m:10, and :SPACING and @GUIDANCE if wanted"
+            )
+        sampler = {"kind": match["kind"], "steps": int(match["steps"])}
+        sampler |= {"spacing": match["spacing"]} if match["spacing"] else {}
+        return {"sampler": sampler, "guidance": {"scale": float(match["scale"])} if match["scale"] else None}
+
+    @property
+    def label(self) -> str:
+        """What it is called."""
+        spacing = "" if self.sampler.spacing is Spacing.TRAILING else f":{self.sampler.spacing.value}"
+        guidance = "" if self.guidance is None else f"@{self.guidance.scale:g}"
+        return self.name or f"{self.sampler.kind.value}:{self.sampler.steps}{spacing}{guidance}"
+
+
+_GRID = ("ddpm:250", *(f"{kind}:{steps}" for kind in SamplerKind for steps in (25, 10)))
+
+
+class ComparisonConfig(Config):
+    """Which samplers are compared, on how many images, and which of them is to be as good as which.
+
+    Every contestant makes the same images: of the same ids and classes, from the same starting noise. One seed is one
+    set of images, and the seeds are the repetitions over which means and intervals are taken.
+    """
+
+    contestants: tuple[Contestant, ...] = execution(
+        tuple(Contestant.model_validate(text) for text in _GRID),
+        min_length=1,
+        description="The samplers: each as KIND:STEPS, with :SPACING and @GUIDANCE if wanted, or with the fields "
+        "sampler, guidance and name.",
+    )
+    reference: str | None = execution(
+        None, description="Name of the contestant that the others are measured against; default: the first one."
+    )
+    candidate: str | None = execution(
+        None, description="Name of the contestant, chosen beforehand, that is to be as good as the reference."
+    )
+    limit: float = execution(
+        1.05, gt=0, le=100, description="The candidate's Fréchet distance may be this multiple of the reference's."
+    )
+    seeds: int = execution(10, ge=1, le=10_000, description="Number of seeds: sets of images of each contestant.")
+    first_seed: int = execution(0, ge=0, lt=2**62, description="The first seed; the others are those that follow it.")
+    images: int = Field(
+        1_000,
+        ge=16,
+        le=1_000_000,
+        description="Images of each set; at most those of the train split. The Fréchet distance depends on it.",
+    )
+    guidance: GuidanceConfig = Field(GuidanceConfig(), description="Guidance of contestants without one of their own.")
+    batch_size: int = Field(128, ge=1, le=65_536, description="Images that one worker samples together.")
+
+    @field_validator("contestants")
+    @classmethod
+    def _names_are_unique(cls, contestants: tuple[Contestant, ...]) -> tuple[Contestant, ...]:
+        names = [contestant.label for contestant in contestants]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two contestants are called {name}: give one of them a name of its own")
+        return contestants
+
+    @model_validator(mode="after")
+    def _who_is_named_takes_part(self) -> Self:
+        names = [contestant.label for contestant in self.contestants]
+        for field in ("reference", "candidate"):
+            name = getattr(self, field)
+            if name is not None and name not in names:
+                shown = ", ".join(names[:10]) + (f", … ({len(names)} in all)" if len(names) > 10 else "")
+                raise ValueError(f"the {field} {name} is not among the contestants, which are {shown}")
+        return self
+
+    @property
+    def reference_name(self) -> str:
+        return self.reference or self.contestants[0].label
+
+    def guidance_of(self, contestant: Contestant) -> GuidanceConfig:
+        return contestant.guidance or self.guidance
+
+    @property
+    def all_seeds(self) -> range:
+        return range(self.first_seed, self.first_seed + self.seeds)

@@ -101,17 +101,20 @@ class Measurer:
 
     def measure(self, batches: Iterator[tuple[np.ndarray, np.ndarray | None]], total: int, what: str) -> Features:
         """Features of batches of (images (n, H, W, C) uint8, classes asked for (n,) or None)."""
-        values, seen, asked = [], [], []
+        parts = []
         with Progress(f"features of {what}", total) as progress:
             for images, labels in batches:
-                values.append(self.extractor.features(images))
-                if self._classifier is not None:
-                    seen.append(self._classifier.classify(images))
-                if labels is not None:
-                    asked.append(np.asarray(labels, dtype=np.int64))
+                parts.append(self.features(images, labels))
                 progress.advance(len(images))
+        values = np.concatenate([part.values for part in parts])
+        return Features(values, _joined([part.seen for part in parts]), _joined([part.asked for part in parts]))
+
+    def features(self, images: np.ndarray, labels: np.ndarray | None) -> Features:
+        """Features of images (N, H, W, C) uint8 with the classes asked for (N,), or None."""
         return Features(
-            np.concatenate(values), np.concatenate(seen) if seen else None, np.concatenate(asked) if asked else None
+            self.extractor.features(images),
+            None if self._classifier is None else self._classifier.classify(images),
+            None if labels is None else np.asarray(labels, dtype=np.int64),
         )
 
     def reference(self, count: int) -> Reference:
@@ -153,6 +156,11 @@ def _read_reference(place: Directory, key: str) -> Reference:
     statistics = GaussianStatistics(arrays["mean"], arrays["covariance"], int(arrays["count"][0]))
     held_out = Features(arrays["held_out"], arrays.get("seen"), arrays.get("asked"))
     return Reference(statistics, arrays["train"], held_out)
+
+
+def _joined(arrays: list[np.ndarray | None]) -> np.ndarray | None:
+    there = [array for array in arrays if array is not None]
+    return np.concatenate(there) if there else None
 
 
 def _real(dataset: ImageDataset, split: str, limit: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:

@@ -45,6 +45,15 @@ def figures(reference: Reference, measured: Features, config: EvaluationConfig) 
     return found if accuracy is None else {**found, "accuracy": accuracy}
 
 
+def brief_figures(reference: Reference, measured: Features, neighbours: int) -> dict[str, float]:
+    """The figures that a comparison of samplers repeats for seed after seed: those of `figures` without the kernel
+    distance. Precision and recall are against as many training images as were measured."""
+    precision, recall = precision_recall(reference.train[: len(measured.values)], measured.values, neighbours)
+    distance = frechet_distance(reference.statistics, GaussianStatistics.of(measured.values))
+    found = {"distance": distance, "precision": precision, "recall": recall}
+    return found if measured.accuracy is None else {**found, "accuracy": measured.accuracy}
+
+
 def accuracy_by_class(measured: Features, class_names: Sequence[str]) -> dict[str, float]:
     """Accuracy of each class that was asked for; empty without classes."""
     if measured.seen is None or measured.asked is None:

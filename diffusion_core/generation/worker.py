@@ -90,6 +90,11 @@ class Generator:
         return network(*process.network_inputs(x_t, t))
 
     @property
+    def networks(self) -> list[nn.Module]:
+        """The networks that are called to make images: the bundle's, and those that guide."""
+        return list(self._watched)
+
+    @property
     def made_on(self) -> str:
         """The device model and library version that the low bits of the pixels depend on."""
         if self.device.type == "cuda":

@@ -9,7 +9,8 @@ from pydantic import Field
 from diffusion_core.config import Config, execution
 from diffusion_core.data.config import DatasetConfig, SourceConfig
 from diffusion_core.diffusion.config import ProcessConfig
-from diffusion_core.evaluation.config import EvaluationConfig, GateConfig
+from diffusion_core.evaluation.comparison import Comparison
+from diffusion_core.evaluation.config import ComparisonConfig, EvaluationConfig, GateConfig
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.networks.config import NetworkConfig, UNetConfig
 from diffusion_core.training.config import TrainingConfig
@@ -85,6 +86,22 @@ class EvaluateResult(Result):
     uri: str = Field(description="URI of the report, evaluation.json.")
     figures: dict[str, float] = Field(description="Figures of the generated images.")
     floor: dict[str, float] = Field(description="The same figures for held-out real images, with equal N.")
+
+
+class CompareRequest(Request):
+    bundle_uri: str
+    dataset_uri: str
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="How images are measured.")
+    comparison: ComparisonConfig = ComparisonConfig()
+
+
+class CompareResult(Result):
+    uri: str = Field(description="URI of the report, comparison.json.")
+    table: str = Field(description="URI of the table, comparison.md.")
+    picture: str = Field(description="URI of the plot, comparison.png.")
+    cells: int = Field(description="Contestants times seeds.")
+    made: int = Field(description="Cells that this job made; the others were found done.")
+    comparison: Comparison
 
 
 class RegisterRequest(Request):

@@ -42,6 +42,11 @@ def setting(name: str, *settings: str, words: list[str]) -> Case:
     return Case(name, [*PIPELINE, *(part for item in settings for part in ("--set", item))], words)
 
 
+def comparing(name: str, *options: str, words: list[str]) -> Case:
+    compare = ["compare-samplers", "--model", "{bundle}", "--dataset", "toy", "--store", "{store}"]
+    return Case(f"comparison: {name}", [*compare, *options], words)
+
+
 CASES = [
     # The command line itself.
     Case("unknown verb", ["trian"], ["trian"]),
@@ -124,6 +129,18 @@ CASES = [
     setting("unknown format", "generation.format=jpeg", words=["generation.format", "jpeg", "parquet"]),
     Case("count of 0", [*PIPELINE, "--count", "0"], ["generation.count", "0"]),
     Case("negative image id", [*PIPELINE, "--first-image-id", "-1"], ["generation.first_image_id", "-1"]),
+    # Comparisons of samplers.
+    comparing("unknown sampler", "--sampler", "euclid:9", words=["comparison.contestants", "'euclid'", "unipc"]),
+    comparing("sampler without steps", "--sampler", "ddim", words=["comparison.contestants", "'ddim'", "KIND:STEPS"]),
+    comparing("steps of a contestant", "--sampler", "ddim:51", words=["ddim:51", "sampler.steps", "50 timesteps"]),
+    comparing(
+        "spacing that the process lacks", "--sampler", "ddim:9:karrass", words=["karrass", "trailing", "comparison"]
+    ),
+    comparing("candidate that is none", "--candidate", "ddim:99", words=["candidate", "ddim:99", "ddpm:250"]),
+    comparing("no seeds", "--seeds", "0", words=["comparison.seeds", "0", "greater than or equal to 1"]),
+    comparing("two of one name", "--sampler", "ddim:9", "--sampler", "ddim:9", words=["two contestants", "ddim:9"]),
+    comparing("dataset of another size", "--dataset", "larger", words=["4x4x1", "8x8x1", "cannot be compared"]),
+    comparing("dataset that is not there", "--dataset", "cats", words=["--dataset", "cats", "toy"]),
     # Sources.
     Case("missing source", [*PIPELINE, "--source", "{tmp}/none"], ["source.uri", "{tmp}/none", "does not exist"]),
     Case("empty folder", [*PIPELINE, "--source", "{tmp}/empty"], ["source.uri", "{tmp}/empty", "empty"]),
@@ -302,6 +319,8 @@ def _furnish(store: str) -> str:
     labels = np.arange(12, dtype=np.int64) % 2
     splits = {"train": Batch(images[:8], labels[:8]), "test": Batch(images[8:], labels[8:])}
     dataset = write_dataset(store, "toy", splits, ["cat", "dog"])
+    larger = {split: Batch(np.repeat(np.repeat(batch.images, 2, 1), 2, 2)) for split, batch in splits.items()}
+    write_dataset(store, "larger", larger, [])
     network = UNetConfig(base_channels=8, channel_multipliers=(1,), blocks_per_level=1, head_channels=8)
     config = BundleConfig(
         process=ProcessConfig(timesteps=50),

@@ -28,6 +28,7 @@ DEPLOYMENTS = {
     "shard-dataset/shard-dataset",
     "train-model/train-model",
     "evaluate-model/evaluate-model",
+    "compare-samplers/compare-samplers",
     "generate-images/generate-images",
     "diffusion-pipeline/digits",
     "diffusion-pipeline/fashion-mnist",

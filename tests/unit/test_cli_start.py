@@ -12,7 +12,8 @@ from diffusion_core.patience import StoreUnavailable
 from flows import cli
 
 HEAVY = ("torch", "ray", "prefect", "mlflow", "pandas", "pyarrow", "numpy", "pydantic", "boto3", "sklearn")
-VERBS = ["demo", "shard", "train", "evaluate", "register", "generate", "pipeline", "config", "stack", "list"]
+VERBS = ["demo", "shard", "train", "evaluate", "compare-samplers", "register", "generate", "pipeline"]
+VERBS += ["config", "stack", "list"]
 SHORT_VERBS = ["export", "promote", "rollback", "lineage", "reproduce", "verify", "prune"]
 PROGRAM = """
 import json, resource, sys

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from diffusion_core.config import UserError
+from diffusion_core.evaluation.comparison import check_contestants
 from diffusion_core.networks.config import DiTConfig, UNetConfig, check_image_size
 from flows.config import PipelineConfig
 from flows.settings import as_values, field_paths, load_config, preset_names, seconds
@@ -23,6 +24,7 @@ def test_the_presets_are_there_and_whole():
         assert config.dataset.size is not None
         check_image_size(config.network, *config.dataset.size)
         assert config.generation.first_image_id == 0  # so that a second run finds its images
+        check_contestants(config.comparison, config.process, ["one", "another"])
 
 
 def test_a_configuration_survives_being_written_as_yaml(tmp_path: Path):
@@ -48,6 +50,18 @@ def test_the_sampler_is_an_option_of_its_own():
     assert (config.generation.sampler.kind, config.generation.sampler.steps) == ("dpmpp_2m", 12)
     with pytest.raises(UserError, match=r"sampler\.kind.*'euclid'.*unipc"):
         load("digits", None, [], False, {"sampler": "euclid"})
+
+
+def test_contestants_as_typed():
+    typed = {"contestants": ["ddpm:9", "heun:4:linspace@2"], "seeds": "3", "compared_images": "32"}
+    config = load("digits", None, [], False, {**typed, "compared_guidance": "1.5"}).comparison
+    assert [each.label for each in config.contestants] == ["ddpm:9", "heun:4:linspace@2"]
+    assert (config.reference_name, config.candidate, config.seeds, config.images) == ("ddpm:9", None, 3, 32)
+    assert [config.guidance_of(each).scale for each in config.contestants] == [1.5, 2.0]
+    config = load("digits", None, [], False, {**typed, "candidate": "ddpm:9", "reference": "heun:4:linspace@2"})
+    assert (config.comparison.reference_name, config.comparison.candidate) == ("heun:4:linspace@2", "ddpm:9")
+    with pytest.raises(UserError, match=r"comparison: the candidate ddim:3 is not among the contestants.* heun:4"):
+        load("digits", None, [], False, {**typed, "candidate": "ddim:3"})
 
 
 def test_values_are_yaml():

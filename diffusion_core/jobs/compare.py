@@ -1,0 +1,267 @@
+"""The job that compares samplers of one model: Fréchet distance, recall and accuracy against network evaluations.
+
+A row of work is a cell: the images of one contestant and one seed, made and measured by one worker and never stored.
+What is stored of a cell is its figures, created if absent, so that running the job again makes only what is missing,
+and more seeds or contestants add cells to those that are there. Table, picture and report are a view of the cells.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from diffusion_core.bundle import BundleConfig, bundle_digest, check_makes_images, read_bundle_config
+from diffusion_core.config import UserError, digest, identity
+from diffusion_core.data.shards import ImageDataset, open_dataset
+from diffusion_core.evaluation.comparison import (
+    Comparison,
+    Floor,
+    check_contestants,
+    document,
+    standing,
+    verdict,
+)
+from diffusion_core.evaluation.config import ComparisonConfig, Contestant, EvaluationConfig
+from diffusion_core.evaluation.identity import distance_name, extractor_identity
+from diffusion_core.jobs.cluster import ray_session
+from diffusion_core.jobs.evaluate import check_comparable
+from diffusion_core.jobs.guide import with_guides_found
+from diffusion_core.jobs.protocol import main
+from diffusion_core.jobs.requests import CompareRequest, CompareResult, Resources
+from diffusion_core.jobs.rows import on_cluster
+from diffusion_core.jobs.tally import tallied
+from diffusion_core.jobs.turns import one_at_a_time
+from diffusion_core.progress import Progress
+from diffusion_core.storage import Directory
+
+if TYPE_CHECKING:
+    from diffusion_core.evaluation.features import Reference
+
+ABOUT = "about.json"
+REPORT, TABLE, PICTURE = "comparison.json", "comparison.md", "comparison.png"
+_ALGORITHM = 1  # raised when the figures are computed differently
+_VIEW = 1  # raised when table or picture look different
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """A contestant with a seed, and where their figures are."""
+
+    contestant: Contestant
+    seed: int
+    key: str
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """A comparison: a model, a dataset, how images are measured, and the directory of its cells."""
+
+    directory: Directory
+    bundle_uri: str
+    bundle: BundleConfig
+    dataset: ImageDataset
+    evaluation: EvaluationConfig
+    config: ComparisonConfig
+    images: int
+
+    def cells(self, contestant: Contestant) -> list[_Cell]:
+        """The cells of a contestant, seed by seed. Their address is what defines them: not a name, not its place."""
+        guidance = self.config.guidance_of(contestant)
+        guides = [f"{name} {bundle_digest(uri)}" for name, uri in guidance.models.items()]
+        made_so = digest(contestant.sampler, guidance, *guides)
+        return [_Cell(contestant, seed, f"cells/{made_so}/seed-{seed}.json") for seed in self.config.all_seeds]
+
+    def missing(self) -> list[_Cell]:
+        """Cells that are not stored; of those that two contestants have in common, one."""
+        stored = {entry.key for entry in self.directory.list("cells/")}
+        wanted = {cell.key: cell for contestant in self.config.contestants for cell in self.cells(contestant)}
+        return [cell for key, cell in wanted.items() if key not in stored]
+
+
+def run(request: CompareRequest) -> CompareResult:
+    """Make the cells that are missing, and table, picture and report of all that are asked for.
+
+    The comparison's id, `<store>/comparisons/<id>/`, is a digest of the bundle, the dataset version, the extractor and
+    of what all cells share. Uses the Ray that is initialised, else starts one for as long as cells are made.
+
+    Raises:
+        UserError: no bundle or dataset there, images of different shapes, too few real images, a sampler that the
+            model's process does not take, or workers that died at every attempt.
+    """
+    started = time.monotonic()
+    bench = _bench(request)
+    view = bench.directory / f"views/{digest(_VIEW, bench.config.model_dump(mode='json'))}"
+    made = 0
+    if not view.exists(REPORT):
+        from diffusion_core.evaluation.features import Measurer
+
+        with one_at_a_time(request.store, "compare", bench.directory.name):
+            reference = Measurer(request.evaluation, bench.dataset).reference(bench.images)  # once, not by each worker
+            bench.directory.create_json(ABOUT, _about(bench))
+            made = _make(bench, bench.missing(), request.resources)
+            _show(_found(bench, reference), view)
+    found = Comparison.model_validate(view.read_json(REPORT))
+    if found.verdict:
+        logger.info(found.verdict.sentence)
+    return CompareResult(
+        seconds=time.monotonic() - started,
+        reused=made == 0,
+        uri=f"{view.uri}/{REPORT}",
+        table=f"{view.uri}/{TABLE}",
+        picture=f"{view.uri}/{PICTURE}",
+        cells=len(request.comparison.contestants) * request.comparison.seeds,
+        made=made,
+        comparison=found,
+    )
+
+
+def _bench(request: CompareRequest) -> _Bench:
+    config, evaluation = request.comparison, request.evaluation
+    common = with_guides_found(config.guidance, request.store)
+    contestants = tuple(
+        each.model_copy(update={"guidance": each.guidance and with_guides_found(each.guidance, request.store)})
+        for each in config.contestants
+    )
+    config = config.model_copy(update={"contestants": contestants, "guidance": common})
+    dataset, bundle = open_dataset(request.dataset_uri), read_bundle_config(request.bundle_uri)
+    check_makes_images(request.bundle_uri, bundle)
+    check_comparable(bundle, dataset)
+    check_contestants(config, bundle.process, bundle.class_names)
+    least = evaluation.neighbours + 1
+    rows = {split: dataset.num_rows(split) for split in ("train", "test")}
+    if min(rows.values()) < max(least, 2):
+        raise UserError(
+            f"The dataset {dataset.uri} has {rows['test']} test and {rows['train']} training images; with "
+            f"evaluation.neighbours = {evaluation.neighbours} at least {least} of each are needed."
+        )
+    images = min(config.images, rows["train"])  # recall compares with as many real ones
+    shared = (evaluation.neighbours, images, config.batch_size)
+    extractor = extractor_identity(evaluation, dataset.version)
+    name = digest("comparison", _ALGORITHM, bundle_digest(request.bundle_uri), dataset.version, extractor, *shared)
+    directory = Directory(request.store) / f"comparisons/{name}"
+    return _Bench(directory, request.bundle_uri, bundle, dataset, evaluation, config, images)
+
+
+def _about(bench: _Bench) -> dict[str, Any]:
+    """What all cells have in common, for whoever finds them."""
+    bundle, dataset = bench.bundle, bench.dataset
+    return {
+        "schema_version": 1,
+        "comparison_id": bench.directory.name,
+        "bundle": {
+            "uri": bench.bundle_uri,
+            "digest": bundle_digest(bench.bundle_uri),
+            "run_id": bundle.run_id,
+            "images_seen": bundle.images_seen,
+        },
+        "dataset": {"name": dataset.name, "version": dataset.version, "uri": dataset.uri},
+        "extractor": extractor_identity(bench.evaluation, dataset.version),
+        "neighbours": bench.evaluation.neighbours,
+        "images": bench.images,
+        "batch_size": bench.config.batch_size,
+    }
+
+
+def _make(bench: _Bench, missing: Sequence[_Cell], resources: Resources) -> int:
+    """Make cells on the cluster, the longest first, so that no long one is left for a single worker at the end."""
+    if not missing:
+        return 0
+    from diffusion_core.jobs.compare_cell import Bench, make_cell
+
+    shared = Bench(
+        directory_uri=bench.directory.uri,
+        bundle_uri=bench.bundle_uri,
+        bundle_digest=bundle_digest(bench.bundle_uri),
+        dataset_uri=bench.dataset.uri,
+        evaluation=bench.evaluation,
+        images=bench.images,
+        batch_size=bench.config.batch_size,
+        device="cuda" if resources.gpus_per_worker else "cpu",
+    )
+    rows = sorted(_rows(bench, missing), key=lambda row: -row["evaluations"])
+    total = sum(row["evaluations"] for row in rows)
+    with (
+        ray_session(),
+        Progress("compare", total, "network evaluations") as progress,
+        tallied(progress, 0) as tally,
+        closing(on_cluster(partial(make_cell, shared, tally), rows, resources)) as answers,
+    ):
+        for done, _ in enumerate(answers, start=1):
+            logger.info("%d of %d cells made", done, len(rows))
+        progress.update(total)
+    return len(rows)
+
+
+def _rows(bench: _Bench, cells: Sequence[_Cell]) -> list[dict[str, Any]]:
+    """Rows of work, with the network evaluations that are foreseen; those that count are counted by the worker."""
+    from diffusion_core.diffusion import build_sampler, make_process
+    from diffusion_core.jobs.compare_cell import padded
+
+    process, computed = make_process(bench.bundle.process), padded(bench.images, bench.config.batch_size)
+    rows = []
+    for cell in cells:
+        sampler, guidance = cell.contestant.sampler, bench.config.guidance_of(cell.contestant)
+        networks = 1 + (guidance.scale not in (0, 1)) + bool(guidance.classifier_scale)
+        rows.append(
+            {
+                "key": cell.key,
+                "seed": cell.seed,
+                "sampler": sampler.model_dump(mode="json"),
+                "guidance": guidance.model_dump(mode="json"),
+                "evaluations": networks * build_sampler(sampler, process).evaluations * computed,
+            }
+        )
+    return rows
+
+
+def _show(found: Comparison, view: Directory) -> None:
+    """Write the view: picture and table, and the report last."""
+    from diffusion_core.evaluation.chart import picture
+
+    view.create(PICTURE, picture(found))
+    view.create(TABLE, document(found, PICTURE).encode())
+    view.create_json(REPORT, found.model_dump(mode="json"))
+
+
+def _found(bench: _Bench, reference: Reference) -> Comparison:
+    from diffusion_core.evaluation.report import brief_figures
+
+    held_out = reference.held_out
+    config, failed = bench.config, dict[str, str]()
+    cells: dict[str, list[dict[str, Any]]] = {}
+    for contestant in config.contestants:
+        stored = [bench.directory.read_json(cell.key) for cell in bench.cells(contestant)]
+        if errors := [cell["error"] for cell in stored if "error" in cell]:
+            failed[contestant.label] = errors[0]
+        else:
+            cells[contestant.label] = stored
+    of = cells.get(config.reference_name, [])
+    standings = [standing(config, each, cells[each.label], of) for each in config.contestants if each.label in cells]
+    shown = {"comparison": config, "evaluation": bench.evaluation}
+    return Comparison(
+        bundle_digest=bundle_digest(bench.bundle_uri),
+        images_seen=bench.bundle.images_seen,
+        dataset=f"{bench.dataset.name}/{bench.dataset.version}",
+        configuration={name: json.loads(json.dumps(identity(value))) for name, value in shown.items()},
+        distance_name=distance_name(bench.evaluation),
+        images=bench.images,
+        seeds=list(config.all_seeds),
+        reference=config.reference_name,
+        standings=standings,
+        failed=failed,
+        floor=Floor(images=len(held_out.values), **brief_figures(reference, held_out, bench.evaluation.neighbours)),
+        verdict=verdict(config, standings, failed),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main("compare", CompareRequest, run))

@@ -1,0 +1,135 @@
+"""One cell of a comparison, made by a worker: the images of one contestant and one seed, and their figures. No Ray."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from diffusion_core.bundle import Bundle, load_bundle
+from diffusion_core.config import Config, UserError
+from diffusion_core.data.shards import open_dataset
+from diffusion_core.diffusion.config import GuidanceConfig, SamplerConfig
+from diffusion_core.evaluation.config import EvaluationConfig
+from diffusion_core.evaluation.features import Measurer, Reference
+from diffusion_core.evaluation.report import brief_figures
+from diffusion_core.generation.config import GenerationConfig
+from diffusion_core.generation.labels import Labels
+from diffusion_core.generation.worker import Generator, NonFiniteImages
+from diffusion_core.storage import Directory
+
+TOLD_EVERY_S = 1.0
+
+
+class Bench(Config):
+    """What all cells of a comparison have in common."""
+
+    directory_uri: str
+    bundle_uri: str
+    bundle_digest: str
+    dataset_uri: str
+    evaluation: EvaluationConfig
+    images: int
+    batch_size: int
+    device: str
+
+
+class Count:
+    """How many rows some networks were given: their evaluations, of which a guided call of n images takes 2n.
+
+    Args:
+        tally: told every second how many there were since it was told last.
+    """
+
+    def __init__(self, tally: Callable[[int], None] = lambda rows: None) -> None:
+        self.rows = self._told = 0
+        self._tally, self._next = tally, time.monotonic() + TOLD_EVERY_S
+
+    def add(self, network: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.rows += len(output)
+        if time.monotonic() >= self._next:
+            self._tell(self.rows)
+
+    def end(self, foreseen: int) -> None:
+        """Tell the rest of what was foreseen, whatever it came to."""
+        self._tell(foreseen)
+
+    def _tell(self, rows: int) -> None:
+        self._tally(rows - self._told)
+        self._told, self._next = rows, time.monotonic() + TOLD_EVERY_S
+
+
+@contextmanager
+def counted(networks: Iterable[nn.Module], count: Count) -> Iterator[Count]:
+    """Count what networks compute inside the block, whoever calls them."""
+    handles = [network.register_forward_hook(count.add) for network in networks]
+    try:
+        yield count
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def padded(images: int, batch_size: int) -> int:
+    """Images that are computed to make some: the last batch is as large as the others."""
+    return -(-images // batch_size) * batch_size
+
+
+def make_cell(bench: Bench, tally: Callable[[int], None], row: dict[str, Any]) -> None:
+    """Make and store one cell, unless it is there.
+
+    A network that gives no finite values for some image will never do otherwise, so that is stored as well, as the
+    cell's error; the other contestants go on.
+
+    Args:
+        tally: told the number of network evaluations whenever some are done; in all, of as many as were foreseen.
+        row: key of the cell, seed, sampler and guidance as plain values, and the `evaluations` that are foreseen.
+    """
+    directory = Directory(bench.directory_uri)
+    if directory.exists(row["key"]):
+        tally(row["evaluations"])
+        return
+    bundle, measurer, reference = _tools(bench)
+    config = GenerationConfig(
+        sampler=SamplerConfig.model_validate(row["sampler"]),
+        guidance=GuidanceConfig.model_validate(row["guidance"]),
+        seed=row["seed"],
+        labels="balanced",
+        batch_size=bench.batch_size,
+    )
+    cell: dict[str, Any] = {"schema_version": 1, "seed": row["seed"], "sampler": row["sampler"]}
+    generator = Generator(bundle, config, bench.device)
+    cell |= {"guidance": row["guidance"], "made_on": generator.made_on}
+    count = Count(tally)
+    try:
+        cell |= _figures(bench, generator, measurer, reference, count)
+    except NonFiniteImages as error:
+        cell["error"] = str(error)
+    count.end(row["evaluations"])
+    directory.create_json(row["key"], cell)
+
+
+def _figures(
+    bench: Bench, generator: Generator, measurer: Measurer, reference: Reference, count: Count
+) -> dict[str, float]:
+    ids, labels = np.arange(bench.images), Labels(generator.bundle.config.num_classes)
+    with counted(generator.networks, count):
+        images = generator.images(ids, labels.of)
+    measured = measurer.features(images, labels.of(ids))
+    evaluations = count.rows / padded(bench.images, bench.batch_size)
+    return {"evaluations": evaluations, **brief_figures(reference, measured, bench.evaluation.neighbours)}
+
+
+@lru_cache(maxsize=1)
+def _tools(bench: Bench) -> tuple[Bundle, Measurer, Reference]:
+    """What a worker's process loads once for all its cells."""
+    bundle = load_bundle(bench.bundle_uri, bench.device)
+    if bundle.digest != bench.bundle_digest:
+        raise UserError(f"The bundle {bench.bundle_uri} is not the one that the comparison began with.")
+    measurer = Measurer(bench.evaluation, open_dataset(bench.dataset_uri))
+    return bundle, measurer, measurer.reference(bench.images)
