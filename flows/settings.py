@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from diffusion_core.config import UserError, explain
+from diffusion_core.networks.config import LevelsConfig
 from flows.config import PipelineConfig
 
 _DURATION = re.compile(r"^(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?$")
@@ -235,12 +236,17 @@ def _mend_source(values: dict[str, Any], explicit: bool) -> None:
 
 
 def _start_another_network(values: dict[str, Any], network: Any) -> None:
-    """A network of another kind starts from its own defaults: what was said of the first one is dropped."""
+    """A network of another kind starts from its own defaults: what was said of the first one is dropped.
+
+    A classifier is half of a U-Net, so between these two the levels, of which both consist, stay.
+    """
     before = values.get("network")
     if not isinstance(before, dict) or not isinstance(network, dict):
         return
-    if "kind" in network and network["kind"] != before.get("kind", "unet"):
-        del values["network"]
+    kinds = {network.get("kind"), before.get("kind", "unet")}
+    if "kind" in network and len(kinds) == 2:
+        kept = LevelsConfig.model_fields if kinds == {"unet", "classifier"} else ()
+        values["network"] = {name: before[name] for name in kept if name in before}
 
 
 def _upon(preset: object, values: Mapping[str, Any]) -> dict[str, Any]:

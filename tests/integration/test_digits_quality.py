@@ -35,8 +35,7 @@ METHODS = {
     "digits-dit": ["training.images=48000"],
 }
 CLASSIFIER = [
-    "network={kind: classifier, base_channels: 32, channel_multipliers: [1, 2], blocks_per_level: 1,"
-    " attention_resolutions: [4], head_channels: 32}",
+    "network.kind=classifier",
     "training.images=64000",
     "training.warmup_images=2560",
 ]

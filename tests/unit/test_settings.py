@@ -9,7 +9,7 @@ import yaml
 
 from diffusion_core.config import UserError
 from diffusion_core.evaluation.comparison import check_contestants
-from diffusion_core.networks.config import DiTConfig, UNetConfig, check_image_size
+from diffusion_core.networks.config import DiTConfig, NoisyClassifierConfig, UNetConfig, check_image_size
 from flows.config import PipelineConfig
 from flows.settings import as_values, field_paths, load_config, preset_names, seconds
 from flows.shortcuts import load
@@ -89,6 +89,9 @@ def test_a_network_of_another_kind_starts_from_its_own_defaults(tmp_path: Path):
     path.write_text("preset: digits\nnetwork: {kind: dit, depth: 3}\n")
     assert load_config(file=str(path)).network == DiTConfig(depth=3)
     assert load_config(file=str(path), settings=["network.kind=unet"]).network == UNetConfig()
+    classifier = load_config("digits", settings=["network.kind=classifier"]).network
+    assert isinstance(classifier, NoisyClassifierConfig)  # half of the preset's U-Net
+    assert (classifier.base_channels, classifier.channel_multipliers) == (32, (1, 2))
     same = load_config("digits", settings=["network.kind=unet", "network.dropout=0.5"]).network
     assert same == load_config("digits").network.model_copy(update={"dropout": 0.5})
 
