@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
+
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from diffusion_core.config import UserError
 from diffusion_core.data.sources.digits import digits_from_uint8, digits_to_uint8
 from diffusion_core.data.transforms import RejectedItem
+from diffusion_core.storage import Directory
 from tests.image_files import Found, pixels, write_idx
 
 
@@ -133,3 +138,25 @@ def test_the_scale_of_the_digits_is_exactly_invertible():
     assert digits_to_uint8(levels).tolist() == [int(level * 255 / 16 + 0.5) for level in levels]
     np.testing.assert_array_equal(digits_from_uint8(digits_to_uint8(levels)), levels)
     assert digits_from_uint8(np.arange(256, dtype=np.uint8)).max() == 16
+
+
+@pytest.mark.parametrize("kind", ["idx", "npz"])
+def test_compressed_files_are_read_in_few_pieces(tmp_path, monkeypatch, kind):
+    """On S3 every piece is a request."""
+    images = np.random.default_rng(0).integers(0, 256, (200, 28, 28), dtype=np.uint8)
+    labels = np.zeros(200, np.uint8)
+    if kind == "idx":
+        write_idx(tmp_path / "train-images-idx3-ubyte.gz", images)
+        write_idx(tmp_path / "train-labels-idx1-ubyte.gz", labels)
+    else:
+        np.savez_compressed(tmp_path / "all.npz", images=images, labels=labels)
+    pieces = []
+
+    class Counted(io.FileIO):
+        def read(self, size=-1):
+            pieces.append(size)
+            return super().read(size)
+
+    monkeypatch.setattr(Directory, "open", lambda place, key: pa.PythonFile(Counted(Path(place.uri) / key), "r"))
+    assert len(Found(uri=str(tmp_path)).content) == 200
+    assert 0 < len(pieces) < 40

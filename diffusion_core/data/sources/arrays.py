@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import struct
 import zipfile
@@ -26,6 +27,11 @@ from diffusion_core.storage import Directory
 UNREADABLE = (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile, struct.error)
 _BLOCK_BYTES = 4 << 20
 _CHUNK_BYTES = 128 << 20
+
+
+def buffered(stream: Any) -> io.BufferedReader:
+    """A file of the store in larger pieces: gzip and zip ask for a few bytes at a time, on S3 by a request each."""
+    return io.BufferedReader(stream, 1 << 20)
 
 
 @dataclass(frozen=True)

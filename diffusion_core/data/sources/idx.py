@@ -13,7 +13,7 @@ import numpy as np
 
 from diffusion_core.config import UserError
 from diffusion_core.data.config import SourceKind
-from diffusion_core.data.sources.arrays import UNREADABLE, ArrayReader, ArraySource, ImageArray, checked_shape
+from diffusion_core.data.sources.arrays import UNREADABLE, ArrayReader, ArraySource, ImageArray, buffered, checked_shape
 from diffusion_core.data.sources.base import Scan
 from diffusion_core.data.sources.hashed import HashedFile
 from diffusion_core.data.sources.labels import split_in
@@ -90,5 +90,5 @@ class IdxSource(ArraySource):
 
 
 def _open_idx(file: HashedFile) -> AbstractContextManager[Any]:
-    stream: Any = file.place.open(file.key)
+    stream: Any = buffered(file.place.open(file.key))
     return gzip.GzipFile(fileobj=stream) if file.key.endswith(".gz") else stream

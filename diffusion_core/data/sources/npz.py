@@ -11,7 +11,7 @@ import numpy as np
 
 from diffusion_core.config import UserError
 from diffusion_core.data.config import SourceKind
-from diffusion_core.data.sources.arrays import UNREADABLE, ArrayReader, ArraySource, ImageArray, checked_shape
+from diffusion_core.data.sources.arrays import UNREADABLE, ArrayReader, ArraySource, ImageArray, buffered, checked_shape
 from diffusion_core.data.sources.base import Scan
 from diffusion_core.data.sources.hashed import HashedFile
 from diffusion_core.data.sources.listing import SourceFile, suffix
@@ -21,7 +21,7 @@ class NpzReader(ArrayReader):
     @contextmanager
     def open(self, array: ImageArray) -> Iterator[IO[bytes]]:
         with (
-            self.place.open(array.file.key) as file,
+            buffered(self.place.open(array.file.key)) as file,
             zipfile.ZipFile(file) as archive,
             archive.open(f"{array.member}.npy") as stream,
         ):
@@ -43,7 +43,7 @@ class NpzSource(ArraySource):
             try:
                 with (
                     file.unchanged(),
-                    self.place.open(file.key) as stream,
+                    buffered(self.place.open(file.key)) as stream,
                     np.load(stream, allow_pickle=False) as archive,
                 ):
                     self._add(file, archive, arrays, labels)
