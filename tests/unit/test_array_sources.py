@@ -143,8 +143,8 @@ def test_the_scale_of_the_digits_is_exactly_invertible():
 @pytest.mark.parametrize("kind", ["idx", "npz"])
 def test_compressed_files_are_read_in_few_pieces(tmp_path, monkeypatch, kind):
     """On S3 every piece is a request."""
-    images = np.random.default_rng(0).integers(0, 256, (200, 28, 28), dtype=np.uint8)
-    labels = np.zeros(200, np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (2000, 28, 28), dtype=np.uint8)
+    labels = np.zeros(2000, np.uint8)
     if kind == "idx":
         write_idx(tmp_path / "train-images-idx3-ubyte.gz", images)
         write_idx(tmp_path / "train-labels-idx1-ubyte.gz", labels)
@@ -158,5 +158,5 @@ def test_compressed_files_are_read_in_few_pieces(tmp_path, monkeypatch, kind):
             return super().read(size)
 
     monkeypatch.setattr(Directory, "open", lambda place, key: pa.PythonFile(Counted(Path(place.uri) / key), "r"))
-    assert len(Found(uri=str(tmp_path)).content) == 200
+    assert len(Found(uri=str(tmp_path)).content) == 2000
     assert 0 < len(pieces) < 40
