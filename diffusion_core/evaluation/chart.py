@@ -8,8 +8,19 @@ from typing import Any
 
 from diffusion_core.evaluation.comparison import Comparison, Mean, Standing
 
-# Okabe & Ito 2008, told apart with every kind of colour vision; markers tell apart what shares a colour.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# The muted palette of Paul Tol's "Colour schemes" (2021) and black, told apart with every kind of colour vision.
+_COLOURS = (
+    "#332288",
+    "#CC6677",
+    "#117733",
+    "#88CCEE",
+    "#882255",
+    "#DDCC77",
+    "#44AA99",
+    "#AA4499",
+    "#999933",
+    "#000000",
+)
 _MARKERS = "osD^vPX*<>"
 _LINES = ("-", "--", "-.", ":")  # of one sampler: with other guidance, or at other times
 _GREY = "#666666"
@@ -61,6 +72,7 @@ def _draw(axes: Any, found: Comparison, name: str) -> None:
             marker=_MARKERS[number % len(_MARKERS)],
             linestyle=_LINES[(seen.count(kind) - 1) % len(_LINES)],
             markersize=5,
+            markerfacecolor=_COLOURS[number % len(_COLOURS)] if seen.count(kind) == 1 else "white",
             linewidth=1.3,
             capsize=2,
         )
@@ -83,11 +95,11 @@ def _draw(axes: Any, found: Comparison, name: str) -> None:
 
 
 def _series(standings: Iterable[Standing]) -> dict[str, list[Standing]]:
-    """Standings by series, each in the order of its evaluations."""
+    """Standings by series, these as they come, each in the order of its evaluations."""
     found: dict[str, list[Standing]] = {}
-    for each in sorted(standings, key=lambda standing: standing.evaluations):
+    for each in standings:
         found.setdefault(each.series, []).append(each)
-    return dict(sorted(found.items()))
+    return {series: sorted(those, key=lambda each: each.evaluations) for series, those in found.items()}
 
 
 def _points(standings: Iterable[Standing], name: str) -> _Points:
@@ -98,7 +110,7 @@ def _level_ticks(axes: Any, which: str = "y") -> None:
     """Plain numbers at a logarithmic axis, of which the usual ticks show few or none within a decade."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    axis = axes.yaxis if which == "y" else axes.xaxis
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis, subs = (axes.yaxis, (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)) if which == "y" else (axes.xaxis, (1.0, 2.0, 5.0))
+    axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 ABOUT = "about.json"
 REPORT, TABLE, PICTURE = "comparison.json", "comparison.md", "comparison.png"
 _ALGORITHM = 1  # raised when the figures are computed differently
-_VIEW = 1  # raised when table or picture look different
+_VIEW = 2  # raised when table or picture look different
 
 logger = logging.getLogger(__name__)
 
