@@ -214,17 +214,19 @@ def _add_held_out_figures(
     import torch
 
     from diffusion_core.bundle import load_bundle
+    from diffusion_core.evaluation.classifier import fixed_threads
     from diffusion_core.evaluation.inversion import inversion_error
     from diffusion_core.evaluation.likelihood import held_out_likelihood
 
     bundle = load_bundle(bundle_uri, "cuda" if torch.cuda.is_available() else "cpu")
-    if config.likelihood.images:
-        found = held_out_likelihood(bundle, dataset, config.likelihood, config.batch_size, config.seed)
-        report["figures"] |= {"bits_per_dim": found.bits_per_dim, "bits_per_dim_error": found.error}
-        if found.importance:
-            report["importance"] = found.importance
-    if config.inversion.images:
-        report["figures"]["inversion_rms"] = inversion_error(bundle, dataset, config.inversion, config.batch_size)
+    with fixed_threads(config.classifier.threads):
+        if config.likelihood.images:
+            found = held_out_likelihood(bundle, dataset, config.likelihood, config.batch_size, config.seed)
+            report["figures"] |= {"bits_per_dim": found.bits_per_dim, "bits_per_dim_error": found.error}
+            if found.importance:
+                report["importance"] = found.importance
+        if config.inversion.images:
+            report["figures"]["inversion_rms"] = inversion_error(bundle, dataset, config.inversion, config.batch_size)
 
 
 def _blocks(images: ImageSet, samples: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
