@@ -49,7 +49,9 @@ class ClassifierConfig(Config):
     )
     weight_decay: float = Field(1e-2, ge=0, le=10, description="Decoupled weight decay (AdamW).")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the initial weights and the order of images.")
-    threads: int = Field(1, ge=1, le=256, description="CPU threads of training, of extraction, and of figures of held-out images.")
+    threads: int = Field(
+        1, ge=1, le=256, description="CPU threads of training, of extraction, and of figures of held-out images."
+    )
 
 
 class LikelihoodMethod(Choice):
