@@ -11,7 +11,7 @@ from diffusion_core.jobs.backend import run_job
 from diffusion_core.jobs.requests import GenerateRequest, GenerateResult, ShardResult, TrainResult
 from diffusion_core.storage import Directory
 from flows.config import PipelineConfig
-from flows.settings import load_config
+from flows.settings import load_config, preset_names
 from tests.digits_quality import legible, recall
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -24,10 +24,9 @@ SHORTER = [
     "training.time_budget_s=null",
     "training.preview_every_images=0",
     "training.checkpoint_every_images=64000",
-    "generation.guidance.scale=1.2",
 ]
 METHODS = {
-    "digits": [],
+    "digits": ["training.images=48000"],
     "digits-v": [],
     "digits-edm": [],
     "digits-flow": [],
@@ -50,6 +49,10 @@ def place(ray_cluster: object, tmp_path_factory: pytest.TempPathFactory) -> Plac
     return store, run_job("shard", config.shard_request(), ShardResult, config.backend)
 
 
+def test_every_preset_of_the_digits_is_tried() -> None:
+    assert set(METHODS) == {name for name in preset_names() if name.startswith("digits")}
+
+
 @pytest.mark.parametrize("preset", METHODS)
 def test_generated_digits_are_legible_and_varied(place: Place, preset: str) -> None:
     config = configured(place, preset, METHODS[preset])
@@ -60,7 +63,7 @@ def test_generated_digits_are_legible_and_varied(place: Place, preset: str) -> N
 
 def test_a_classifier_of_noisy_images_makes_digits_legible_to_a_model_without_labels(place: Place) -> None:
     """Dhariwal & Nichol 2021, section 4: the model is not told the label, the gradient alone leads to it."""
-    config = configured(place)
+    config = configured(place, chosen=METHODS["digits"])
     model = trained(config, place)
     classifier = trained(configured(place, chosen=CLASSIFIER), place)
     images, labels = generated(config, model, GuidanceConfig(scale=0.0))
