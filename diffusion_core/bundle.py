@@ -183,6 +183,11 @@ def check_guide(
     if image_shape is not None and guide.image_shape != tuple(image_shape):
         shapes = ["x".join(map(str, shape)) for shape in (guide.image_shape, image_shape)]
         raise UserError(f"{field}: that model makes images of {shapes[0]}, and the one that it guides of {shapes[1]}.")
+    if classifies and class_names is not None and not class_names:
+        raise UserError(
+            f"{field}: a classifier leads to a class, and the model has none: train it on labelled images; with "
+            "guidance.scale 0 it is not told the label."
+        )
     if guide.class_names and class_names is not None and guide.class_names != tuple(class_names):
         raise UserError(f"{field}: that model has other classes than the one that it guides.")
 

@@ -19,10 +19,10 @@ from urllib.parse import urlsplit
 
 from diffusion_core.config import UserError
 from diffusion_core.data.config import DatasetConfig, SourceConfig, SourceKind, SplitSource
-from diffusion_core.diffusion.config import GuidanceConfig, ProcessConfig, check_sampler
+from diffusion_core.diffusion.config import GuidanceConfig, ProcessConfig, check_guidance_scale, check_sampler
 from diffusion_core.diffusion.objective_config import check_objective
 from diffusion_core.evaluation.comparison import check_contestants
-from diffusion_core.evaluation.config import EvaluationConfig, check_held_out_steps
+from diffusion_core.evaluation.config import EvaluationConfig, check_held_out_figures
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.jobs.backend import BackendConfig, BackendKind, jobs_address
 from diffusion_core.jobs.requests import (
@@ -65,14 +65,16 @@ def check_pipeline(config: PipelineConfig) -> None:
     check_sampler("evaluation.sampler", config.evaluation.sampler, config.process)
     check_sampler("generation.sampler", config.generation.sampler, config.process)
     check_objective("training.objective", config.training.objective, config.process)
-    check_held_out_steps("evaluation", config.evaluation, config.process)
+    check_held_out_figures("evaluation", config.evaluation, config.process)
     check_evaluation(config.evaluation)
     classes, size = known_classes(config.source), config.dataset.size
     shape = (*size, config.dataset.channels) if size else None
     for field, guidance in (("evaluation", config.evaluation.guidance), ("generation", config.generation.guidance)):
         check_guidance(f"{field}.guidance", guidance, config.process, shape, classes, config.store)
+        for name, reference in guidance.models.items():
+            check_unmoved(f"{field}.guidance.{name}", reference, config.name)
     check_labels(config.generation, classes)
-    check_unmoved(config.training.init_from, config.name)
+    check_unmoved("training.init_from", config.training.init_from, config.name)
     check_init_from(config.training.init_from, config.network, config.process, config.dataset.channels, config.store)
 
 
@@ -100,7 +102,7 @@ def check_train(request: TrainRequest, backend: BackendConfig) -> None:
 def check_evaluate(request: EvaluateRequest, backend: BackendConfig) -> None:
     bundle, evaluation = _measured(request, backend, request.mlflow_run_id is not None), request.evaluation
     check_sampler("evaluation.sampler", evaluation.sampler, bundle.process)
-    check_held_out_steps("evaluation", evaluation, bundle.process)
+    check_held_out_figures("evaluation", evaluation, bundle.process)
     shape, classes = bundle.image_shape, bundle.class_names
     check_guidance("evaluation.guidance", evaluation.guidance, bundle.process, shape, classes, request.store)
 
@@ -234,7 +236,9 @@ def check_guidance(
     class_names: Sequence[str] | None,
     store: str,
 ) -> None:
-    """The models that guide are there and suit the one that they guide."""
+    """The scale suits the model, and the models that guide are there and suit it too."""
+    if class_names is not None:
+        check_guidance_scale(field, guidance, class_names)
     for name, reference in guidance.models.items():
         from diffusion_core.bundle import check_guide, read_bundle_config
 
@@ -242,12 +246,12 @@ def check_guidance(
         check_guide(f"{field}.{name}", guide, process, image_shape, class_names)
 
 
-def check_unmoved(init_from: str | None, model: str) -> None:
-    """A pipeline does not start from an alias that it may move itself: done again, it would be another run."""
-    if init_from and init_from.startswith(f"models:/{model}@"):
+def check_unmoved(field: str, reference: str | None, model: str) -> None:
+    """A pipeline uses no alias that it may move itself: done again, it would be another run, or another set."""
+    if reference and reference.startswith(f"models:/{model}@"):
         raise UserError(
-            f"training.init_from: {init_from} means another version once this pipeline registers its own, and the same "
-            f"command would train anew: name a version, as models:/{model}/1."
+            f"{field}: {reference} means another version once this pipeline registers its own, and the same command "
+            f"would not do the same again: name a version, as models:/{model}/1."
         )
 
 

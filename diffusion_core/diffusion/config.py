@@ -5,6 +5,7 @@ Nothing here imports torch, so that a configuration is validated without waiting
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -189,6 +190,15 @@ def check_sampler(field: str, sampler: SamplerConfig, process: ProcessConfig) ->
         raise UserError(
             f"{field}.spacing: karras is not accepted for a model whose process ends in pure noise, where "
             "sigma / alpha is infinite: choose trailing, leading or linspace."
+        )
+
+
+def check_guidance_scale(field: str, guidance: GuidanceConfig, class_names: Sequence[str]) -> None:
+    """Guidance by leaving out the label needs labels. `UserError` naming the scale, for a model without classes."""
+    if guidance.scale != 1 and not guidance.guide and not class_names:
+        raise UserError(
+            f"{field}.scale: {guidance.scale:g} is not accepted for a model without classes, which takes only 1, or a "
+            "guide."
         )
 
 

@@ -12,6 +12,7 @@ from diffusion_core.config import UserError
 from diffusion_core.diffusion.bound import prior_bits, step_bits
 from diffusion_core.diffusion.denoiser import Estimate
 from diffusion_core.diffusion.noise import KeyedNoise, keyed_uniform
+from diffusion_core.diffusion.objective_config import range_shares
 from diffusion_core.diffusion.process import GaussianProcess
 from diffusion_core.diffusion.samplers.base import Denoise, Noise
 from diffusion_core.diffusion.schedules import NoiseSchedule
@@ -82,10 +83,13 @@ def timestep_rms(steps: Tensor, ranges: int) -> tuple[float, ...]:
     Raises:
         UserError: if there are more ranges than steps.
     """
-    steps = steps.double().flip(1)
     if not 1 <= ranges <= steps.shape[1]:
         raise UserError(f"ranges: {ranges} is not accepted: from 1 to {steps.shape[1]}, the number of steps.")
-    return tuple(float(part.square().mean().sqrt()) for part in steps.tensor_split(ranges, dim=1))
+    squares = steps.double().square().mean(dim=0).flip(0).tolist()
+    means = [0.0] * ranges
+    for t, i, share in range_shares(ranges, len(squares)):
+        means[i] += share * squares[t]
+    return tuple(math.sqrt(mean) for mean in means)
 
 
 def log_likelihood(

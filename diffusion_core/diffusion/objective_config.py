@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -150,12 +151,15 @@ def timestep_probabilities(importance: tuple[float, ...], timesteps: int) -> lis
 
     A timestep that lies in two ranges takes a part of each.
     """
-    ranges, total = len(importance), math.fsum(importance)
-    probabilities = []
+    probabilities, total = [0.0] * timesteps, math.fsum(importance)
+    for t, i, share in range_shares(len(importance), timesteps):
+        probabilities[t] += importance[i] * share / total
+    return probabilities
+
+
+def range_shares(ranges: int, timesteps: int) -> Iterator[tuple[int, int, float]]:
+    """Timestep t, range i, and the share of range i that timestep t takes: those of a range add up to 1."""
     for t in range(timesteps):
         low, high = t * ranges / timesteps, (t + 1) * ranges / timesteps
-        inside = range(int(low), min(math.ceil(high), ranges))
-        probabilities.append(
-            math.fsum(importance[i] * (min(high, i + 1.0) - max(low, float(i))) for i in inside) / total
-        )
-    return probabilities
+        for i in range(int(low), min(math.ceil(high), ranges)):
+            yield t, i, min(high, i + 1.0) - max(low, float(i))

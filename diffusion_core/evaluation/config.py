@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from diffusion_core.config import Config, UserError, execution, later
 from diffusion_core.diffusion.config import GuidanceConfig, ProcessConfig, SamplerConfig
-from diffusion_core.diffusion.kinds import Choice, SamplerKind, Spacing
+from diffusion_core.diffusion.kinds import Choice, SamplerKind, ScheduleKind, Spacing, Variance
 
 
 class Extractor(StrEnum):
@@ -141,13 +141,21 @@ class EvaluationConfig(Config):
         return self
 
 
-def check_held_out_steps(field: str, config: EvaluationConfig, process: ProcessConfig) -> None:
-    """`UserError` if a figure of held-out images asks for more steps than the model's process has timesteps."""
+def check_held_out_figures(field: str, config: EvaluationConfig, process: ProcessConfig) -> None:
+    """The figures of held-out images suit the model's process.
+
+    Raises:
+        UserError: more steps than timesteps, or a bound that says nothing: the posterior's variance of the last steps
+            of the schedule ve, which are even in the logarithm of the noise, is far below what is unknown of x0.
+    """
     likelihood, inversion = config.likelihood, config.inversion
-    asked = {
-        "likelihood": likelihood.steps if likelihood.images and likelihood.method is LikelihoodMethod.BOUND else 0,
-        "inversion": inversion.steps if inversion.images else 0,
-    }
+    bound = likelihood.images and likelihood.method is LikelihoodMethod.BOUND
+    if bound and process.schedule is ScheduleKind.VE and process.variance is Variance.FIXED_SMALL:
+        raise UserError(
+            f"{field}.likelihood.method: bound says nothing for the process.schedule ve with the process.variance "
+            "fixed_small: use exact."
+        )
+    asked = {"likelihood": likelihood.steps if bound else 0, "inversion": inversion.steps if inversion.images else 0}
     for name, steps in asked.items():
         if steps > process.timesteps:
             raise UserError(

@@ -28,7 +28,7 @@ from pydantic import Field
 
 from diffusion_core.bundle import BundleConfig, bundle_digest, check_guide, check_makes_images, read_bundle_config
 from diffusion_core.config import Config, UserError, digest, identity
-from diffusion_core.diffusion.config import check_sampler
+from diffusion_core.diffusion.config import check_guidance_scale, check_sampler
 from diffusion_core.generation import tables
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.generation.formats import ShardContent, data_keys, decode, encode, write_parquet
@@ -365,11 +365,7 @@ def _guides(bundle: BundleConfig, config: GenerationConfig) -> dict[str, dict[st
 
 def _check_suits(bundle: BundleConfig, config: GenerationConfig) -> None:
     check_sampler("generation.sampler", config.sampler, bundle.process)
-    if not bundle.class_names and config.guidance.scale != 1 and config.guidance.guide is None:
-        raise UserError(
-            f"generation.guidance.scale: {config.guidance.scale:g} needs a model with classes, and this one has none: "
-            "leave it at 1, or give a guide."
-        )
+    check_guidance_scale("generation.guidance", config.guidance, bundle.class_names)
     height, width, channels = bundle.image_shape
     largest = 2**31 // (height * width * channels)
     if config.images_per_shard > largest:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from diffusion_core.bundle import BundleConfig, bundle_digest, read_bundle_config
 from diffusion_core.config import UserError, digest, identity
 from diffusion_core.data.shards import ImageDataset, open_dataset
-from diffusion_core.evaluation.config import EvaluationConfig, EvaluationLabels, check_held_out_steps
+from diffusion_core.evaluation.config import EvaluationConfig, EvaluationLabels, check_held_out_figures
 from diffusion_core.evaluation.identity import extractor_identity
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.jobs.guide import with_guides_found
@@ -84,7 +84,7 @@ def evaluate(
     dataset, bundle = open_dataset(dataset_uri), read_bundle_config(bundle_uri)
     samples = samples_of(config, dataset)
     check_comparable(bundle, dataset)
-    check_held_out_steps("evaluation", config, bundle.process)
+    check_held_out_figures("evaluation", config, bundle.process)
     config = config.model_copy(update={"guidance": with_guides_found(config.guidance, store)})
     bundle_id, extractor = bundle_digest(bundle_uri), extractor_identity(config, dataset.version)
     guided = [f"{name} {bundle_digest(uri)}" for name, uri in config.guidance.models.items()]

@@ -71,7 +71,7 @@ def _register(request: RegisterRequest) -> tuple[int, bool]:
     evaluation = request.evaluation
     defaults = ServingDefaults(
         sampler=evaluation.sampler.model_dump(mode="json"),
-        guidance_scale=1.0 if evaluation.guidance.guide else evaluation.guidance.scale,  # it is served without a guide
+        guidance_scale=1.0 if evaluation.guidance.models else evaluation.guidance.scale,  # it is served without them
         batch_size=evaluation.batch_size,
     )
     mlflow_run_id = request.mlflow_run_id or mlflow_run_of(request.store, request.bundle_uri, request.model)

@@ -133,9 +133,7 @@ CASES = [
     comparing("unknown sampler", "--sampler", "euclid:9", words=["comparison.contestants", "'euclid'", "unipc"]),
     comparing("sampler without steps", "--sampler", "ddim", words=["comparison.contestants", "'ddim'", "KIND:STEPS"]),
     comparing("steps of a contestant", "--sampler", "ddim:51", words=["ddim:51", "sampler.steps", "50 timesteps"]),
-    comparing(
-        "spacing that the process lacks", "--sampler", "ddim:9:karrass", words=["karrass", "trailing", "comparison"]
-    ),
+    comparing("spacing that there is not", "--sampler", "ddim:9:karrass", words=["karrass", "trailing", "comparison"]),
     comparing("candidate that is none", "--candidate", "ddim:99", words=["candidate", "ddim:99", "ddpm:250"]),
     comparing("no seeds", "--seeds", "0", words=["comparison.seeds", "0", "greater than or equal to 1"]),
     comparing("two of one name", "--sampler", "ddim:9", "--sampler", "ddim:9", words=["two contestants", "ddim:9"]),

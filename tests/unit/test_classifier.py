@@ -304,6 +304,11 @@ def test_a_classifier_is_no_model_of_images(store, model_uri, classifier_uri, tm
         ),
         ({"classifier": classifier_uri, "classifier_scale": 1.0, "classes": ("a", "b", "c")}, "has other classes"),
         (
+            {"classifier": classifier_uri, "classifier_scale": 1.0, "classes": ()},
+            "leads to a class, .* has none",
+        ),
+        ({"scale": 2.0, "classes": ()}, r"generation\.guidance\.scale: 2 is not accepted for a model without classes"),
+        (
             {"classifier": classifier_uri, "classifier_scale": 1.0, "process": ProcessConfig(timesteps=10)},
             r"process\.timesteps = 1000",
         ),

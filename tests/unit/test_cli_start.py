@@ -11,7 +11,7 @@ import pytest
 from diffusion_core.patience import StoreUnavailable
 from flows import cli
 
-HEAVY = ("torch", "ray", "prefect", "mlflow", "pandas", "pyarrow", "numpy", "pydantic", "boto3", "sklearn")
+HEAVY = ("torch", "ray", "prefect", "mlflow", "pandas", "pyarrow", "numpy", "pydantic", "boto3", "sklearn", "scipy")
 VERBS = ["demo", "shard", "train", "evaluate", "compare-samplers", "register", "generate", "pipeline"]
 VERBS += ["config", "stack", "list"]
 SHORT_VERBS = ["export", "promote", "rollback", "lineage", "reproduce", "verify", "prune"]

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_core.bundle import Bundle, BundleConfig, DatasetReference
+from diffusion_core.config import UserError
 from diffusion_core.data.shards import Batch, ImageDataset, write_dataset
-from diffusion_core.diffusion import ObjectiveConfig, ProcessConfig, make_process
-from diffusion_core.evaluation.config import InversionConfig, LikelihoodConfig
+from diffusion_core.diffusion import ObjectiveConfig, ProcessConfig, Variance, make_process
+from diffusion_core.evaluation.config import EvaluationConfig, InversionConfig, LikelihoodConfig, check_held_out_figures
 from diffusion_core.evaluation.inversion import inversion_error
 from diffusion_core.evaluation.likelihood import IMPORTANCE_RANGES, held_out_likelihood
 from diffusion_core.networks import UNetConfig
@@ -82,3 +83,13 @@ def test_images_come_back_out_of_their_noise(bundle: Bundle, dataset: ImageDatas
     )
     assert 0 < iterated < rough / 2 and 0 < fine < rough / 2
     assert rough < 25
+
+
+def test_a_bound_that_says_nothing_is_refused() -> None:
+    """With the exact denoiser it would be 29 bits per dimension of images whose likelihood is 6.7."""
+    exploding = ProcessConfig.model_validate({"schedule": "ve"})
+    wanted = EvaluationConfig(likelihood=LikelihoodConfig(images=1))
+    with pytest.raises(UserError, match=r"evaluation\.likelihood\.method: bound says nothing .* use exact"):
+        check_held_out_figures("evaluation", wanted, exploding)
+    check_held_out_figures("evaluation", EvaluationConfig(), exploding)
+    check_held_out_figures("evaluation", wanted, exploding.model_copy(update={"variance": Variance.FIXED_LARGE}))

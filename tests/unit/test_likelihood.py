@@ -296,6 +296,14 @@ def test_the_best_table_of_importance_comes_from_a_bound() -> None:
         timestep_rms(bound.steps, 61)
 
 
+@pytest.mark.parametrize("timesteps", [10, 64, 1003])
+def test_the_table_of_importance_is_cut_as_it_is_read(timesteps: int) -> None:
+    """Ranges that do not divide the timesteps: each takes its share of the timestep that it ends in."""
+    steps = torch.rand(1, timesteps, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tenths = steps.flip(1).repeat_interleave(10, dim=1).square().reshape(10, timesteps)
+    assert timestep_rms(steps, 10) == pytest.approx(tenths.mean(dim=1).sqrt().tolist())
+
+
 def test_impossible_likelihoods_are_refused() -> None:
     schedule = make_schedule("cosine", 60)
     denoiser, x0 = ExactDenoiser(schedule), rounded(GAUSSIAN, 2)

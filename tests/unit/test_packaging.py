@@ -26,7 +26,7 @@ PINS = {
 EXTRAS = PROJECT["optional-dependencies"]
 REQUIREMENTS = [Requirement(text) for text in sum(EXTRAS.values(), PROJECT["dependencies"])]
 
-HEAVY = ("torch", "ray", "mlflow", "prefect", "pyarrow", "boto3", "sklearn", "matplotlib", "PIL", "pandas")
+HEAVY = ("torch", "ray", "mlflow", "prefect", "pyarrow", "boto3", "sklearn", "scipy", "matplotlib", "PIL", "pandas")
 
 
 @pytest.mark.parametrize("requirement", REQUIREMENTS, ids=lambda requirement: requirement.name)
@@ -98,7 +98,7 @@ import importlib, sys
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"ray", "prefect", "mlflow", "typer", "rich", "sklearn", "matplotlib"}:
+        if name.partition(".")[0] in {"ray", "prefect", "mlflow", "typer", "rich", "sklearn", "scipy", "matplotlib"}:
             raise ModuleNotFoundError(f"{name} is not installed on this machine")
 
 sys.meta_path.insert(0, Refuse())

@@ -11,6 +11,7 @@ from diffusion_core.config import UserError
 from diffusion_core.evaluation.comparison import check_contestants
 from diffusion_core.networks.config import DiTConfig, NoisyClassifierConfig, UNetConfig, check_image_size
 from flows.config import PipelineConfig
+from flows.preflight import check_unmoved
 from flows.settings import as_values, field_paths, load_config, preset_names, seconds
 from flows.shortcuts import load
 
@@ -79,6 +80,14 @@ def test_values_are_yaml():
     assert config.training.time_budget_s is None
     assert (config.generation.sampler.kind, config.generation.sampler.steps) == ("ddpm", 7)
     assert config.generation.labels == (1, 7)
+
+
+def test_a_pipeline_is_not_guided_by_an_alias_that_it_may_move():
+    for field in ("training.init_from", "evaluation.guidance.guide", "generation.guidance.classifier"):
+        with pytest.raises(UserError, match=rf"{field}: models:/digits@champion means another version once"):
+            check_unmoved(field, "models:/digits@champion", "digits")
+        check_unmoved(field, "models:/digits/1", "digits")
+        check_unmoved(field, "models:/digits-v@champion", "digits")
 
 
 def test_a_network_of_another_kind_starts_from_its_own_defaults(tmp_path: Path):

@@ -69,7 +69,7 @@ def test_a_model_without_classes_is_guided_by_another(unconditional_uri, tmp_pat
     guide = tiny_bundle(tmp_path / "guide", class_names=(), image_shape=(4, 8, 3), seed=2)
     images = plan(tmp_path, unconditional_uri, settings(guide))
     assert make(images, unconditional_uri)["outcome"] == "made"
-    with pytest.raises(UserError, match=r"guidance\.scale: 2 needs a model with classes, .* or give a guide"):
+    with pytest.raises(UserError, match=r"guidance\.scale: 2 is not accepted .* without classes, .* or a guide"):
         plan(tmp_path, unconditional_uri, settings(None))
 
 

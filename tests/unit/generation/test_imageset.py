@@ -235,7 +235,7 @@ def test_verify_sees_a_lost_record(tmp_path, bundle_uri):
 def test_what_does_not_suit_the_model_is_said(tmp_path, bundle_uri, unconditional_uri):
     with pytest.raises(UserError, match=r"sampler.steps: 2000 is more than the 1000"):
         plan(tmp_path, bundle_uri, settings(sampler={"steps": 2000}))
-    with pytest.raises(UserError, match=r"guidance.scale: 3 needs a model with classes"):
+    with pytest.raises(UserError, match=r"guidance.scale: 3 is not accepted for a model without classes"):
         plan(tmp_path, unconditional_uri, settings(guidance={"scale": 3}))
     with pytest.raises(UserError, match=r"no class 'zebra'; accepted are 0, 1, 2"):
         plan(tmp_path, bundle_uri, settings(labels=["zebra"]))
