@@ -63,6 +63,33 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(waves)))
 
 
+class Conditioned(nn.Module):
+    """A network that is told the time, and the label if it knows classes.
+
+    Attributes:
+        null_label: the label that stands for "no label" (= number of classes).
+    """
+
+    null_label: int
+    time_embedding: TimestepEmbedding
+    class_embedding: nn.Embedding | None
+
+    def conditioning(self, t: Tensor, label: Tensor | None) -> Tensor:
+        """Times (N,) and labels (N,) int64 as vectors (N, E); None is no label for all.
+
+        Raises:
+            ValueError: if labels are given to an unconditional network.
+        """
+        embedding: Tensor = self.time_embedding(t)
+        if self.class_embedding is None:
+            if label is not None:
+                raise ValueError("labels were given to an unconditional network")
+            return embedding
+        if label is None:
+            label = torch.full(t.shape, self.null_label, dtype=torch.int64, device=t.device)
+        return embedding + self.class_embedding(label)
+
+
 class ResidualBlock(nn.Module):
     """Two convolutions; the embedding scales and shifts the features between them (AdaGN).
 

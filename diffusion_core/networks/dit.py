@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion_core.networks.blocks import TimestepEmbedding, zeroed
+from diffusion_core.networks.blocks import Conditioned, TimestepEmbedding, zeroed
 from diffusion_core.networks.config import DiTConfig
 
 TIME_FREQUENCIES = 256
@@ -117,7 +117,7 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=_EPS) * (1.0 + scale) + shift
 
 
-class DiT(nn.Module):
+class DiT(Conditioned):
     """The network of one image shape.
 
     Args:
@@ -171,23 +171,13 @@ class DiT(nn.Module):
         Raises:
             ValueError: if labels are given to an unconditional network.
         """
-        embedding = F.silu(self._embed(t, label))
+        embedding = F.silu(self.conditioning(t, label))
         tokens = self.embed(patchify(x_t, self.config.patch_size))
         tokens = tokens + self.positions.to(tokens.dtype)
         for block in self.blocks:
             tokens = block(tokens, embedding)
         tokens = self.out(modulated(tokens, *self.modulation_out(embedding)))
         return unpatchify(tokens, self.config.patch_size, self.grid)
-
-    def _embed(self, t: Tensor, label: Tensor | None) -> Tensor:
-        embedding = self.time_embedding(t)
-        if self.class_embedding is None:
-            if label is not None:
-                raise ValueError("labels were given to an unconditional network")
-            return embedding
-        if label is None:
-            label = torch.full(t.shape, self.null_label, dtype=torch.int64, device=t.device)
-        return embedding + self.class_embedding(label)
 
     def _initialise(self) -> None:
         """Uniform weights by Glorot & Bengio 2010, and zeros where adaLN-zero wants them.

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion_core.networks.blocks import (
+    Conditioned,
     Downsample,
     GroupNorm,
     ResidualBlock,
@@ -31,7 +32,7 @@ class Stage(nn.Module):
         return self.resample(self.attention(self.block(x, embedding)))
 
 
-class Encoder(nn.Module):
+class Encoder(Conditioned):
     """What a U-Net and a classifier of noisy images share: embeddings, the way down, and the middle.
 
     Args:
@@ -136,18 +137,8 @@ class UNet(Encoder):
         Raises:
             ValueError: if labels are given to an unconditional network.
         """
-        embedding = F.silu(self._embed(t, label))
+        embedding = F.silu(self.conditioning(t, label))
         h, skips = self.encode(x_t, embedding)
         for stage in self.up:
             h = stage(torch.cat((h, skips.pop()), dim=1), embedding)
         return self.conv_out(F.silu(self.norm_out(h)))
-
-    def _embed(self, t: Tensor, label: Tensor | None) -> Tensor:
-        embedding = self.time_embedding(t)
-        if self.class_embedding is None:
-            if label is not None:
-                raise ValueError("labels were given to an unconditional network")
-            return embedding
-        if label is None:
-            label = torch.full(t.shape, self.null_label, dtype=torch.int64, device=t.device)
-        return embedding + self.class_embedding(label)
