@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import Field
 
 from diffusion_core.config import Config, UserError
-from diffusion_core.diffusion.config import ProcessConfig, check_sampler
+from diffusion_core.diffusion.config import GuidanceConfig, ProcessConfig, check_sampler
 from diffusion_core.diffusion.kinds import Spacing
-from diffusion_core.evaluation.config import ComparisonConfig, Contestant
+from diffusion_core.evaluation.config import ComparisonConfig, Contestant, sampler_options
 
 CONFIDENCE = 0.95
 
@@ -168,10 +168,44 @@ def standing(config: ComparisonConfig, contestant: Contestant, cells: Sequence[C
 
 
 def _series(config: ComparisonConfig, contestant: Contestant) -> str:
-    spacing = contestant.sampler.spacing
-    several = len({_guidance(config, each) for each in config.contestants}) > 1
+    """What a contestant has in common with those, and only those, that differ in the number of steps alone.
+
+    Where the words are the same though the guidance is not, as with another guide, they get a number.
+    """
+    words = _series_in_words(config, contestant)
+    alike = [each for each in config.contestants if _series_in_words(config, each) == words]
+    ways = list(dict.fromkeys(_but_for_steps(config, each) for each in alike))
+    number = 1 + ways.index(_but_for_steps(config, contestant))
+    return words if number == 1 else f"{words} ({number})"
+
+
+def _series_in_words(config: ComparisonConfig, contestant: Contestant) -> str:
+    guidances = {each.label: f"{_guidance(config, each)}{_options(config, each)}" for each in config.contestants}
+    spacing, several = contestant.sampler.spacing, len(set(guidances.values())) > 1
     parts = [contestant.sampler.kind.value, "" if spacing is Spacing.TRAILING else spacing.value]
-    return ", ".join(filter(None, [*parts, f"guidance {_guidance(config, contestant)}" if several else ""]))
+    parts += sampler_options(contestant.sampler)
+    return ", ".join(filter(None, [*parts, f"guidance {guidances[contestant.label]}" if several else ""]))
+
+
+def _but_for_steps(config: ComparisonConfig, contestant: Contestant) -> str:
+    sampler = contestant.sampler.model_copy(update={"steps": 1})
+    return config.way_of(contestant.model_copy(update={"sampler": sampler}))
+
+
+def _options(config: ComparisonConfig, contestant: Contestant) -> str:
+    """The interval of log-SNR where a contestant is guided, and how much is rescaled, as ` (log-SNR from -2 to 2)`."""
+    guidance = config.guidance_of(contestant)
+    if _is_neutral(guidance):
+        return ""
+    low, high = guidance.min_log_snr, guidance.max_log_snr
+    ends = ["" if low is None else f"from {low:g}", "" if high is None else f"to {high:g}"]
+    bounds = " ".join(filter(None, ["log-SNR" if low is not None or high is not None else "", *ends]))
+    options = ", ".join(filter(None, [bounds, f"rescale={guidance.rescale:g}" if guidance.rescale else ""]))
+    return f" ({options})" if options else ""
+
+
+def _is_neutral(guidance: GuidanceConfig) -> bool:
+    return guidance.scale == 1 and not guidance.classifier_scale
 
 
 def _guidance(config: ComparisonConfig, contestant: Contestant) -> str:
@@ -180,8 +214,8 @@ def _guidance(config: ComparisonConfig, contestant: Contestant) -> str:
     words = [f"{guidance.scale:g}"]
     words += ["by guide"] if "guide" in guidance.models else []
     words += [f"+ {guidance.classifier_scale:g} by classifier"] if guidance.classifier_scale else []
-    neutral = guidance.scale == 1 and not guidance.classifier_scale
-    words += [] if neutral or (guidance.min_log_snr is None and guidance.max_log_snr is None) else ["in part"]
+    everywhere = guidance.min_log_snr is None and guidance.max_log_snr is None
+    words += [] if _is_neutral(guidance) or everywhere else ["in part"]
     return " ".join(words)
 
 

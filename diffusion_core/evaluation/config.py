@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from diffusion_core.config import Config, UserError, execution, later
+from diffusion_core.config import Config, UserError, digest, execution, later
 from diffusion_core.diffusion.config import GuidanceConfig, ProcessConfig, SamplerConfig
 from diffusion_core.diffusion.kinds import Choice, SamplerKind, ScheduleKind, Spacing, Variance
 
@@ -196,8 +196,9 @@ class Contestant(Config):
         None,
         min_length=1,
         max_length=60,
-        description="What it is called; default: KIND:STEPS, with :SPACING unless that is trailing, and @GUIDANCE if "
-        "it has one of its own.",
+        description="What it is called; default: KIND:STEPS, with :SPACING unless that is trailing, other options of "
+        "its sampler that are not at their defaults, as :eta=1, and @GUIDANCE if it has one of its own, with its "
+        "options likewise.",
     )
     sampler: SamplerConfig = Field(description="Its sampler.")
     guidance: GuidanceConfig | None = Field(None, description="Its guidance, if not that of the comparison.")
@@ -220,8 +221,22 @@ class Contestant(Config):
     def label(self) -> str:
         """What it is called."""
         spacing = "" if self.sampler.spacing is Spacing.TRAILING else f":{self.sampler.spacing.value}"
-        guidance = "" if self.guidance is None else f"@{self.guidance.scale:g}"
-        return self.name or f"{self.sampler.kind.value}:{self.sampler.steps}{spacing}{guidance}"
+        parts = [f"{self.sampler.kind.value}:{self.sampler.steps}{spacing}", *sampler_options(self.sampler)]
+        if self.guidance is not None:
+            parts[-1] += f"@{self.guidance.scale:g}"
+            parts += _changed(self.guidance, "scale", "guide", "classifier")
+        return self.name or ":".join(parts)
+
+
+def sampler_options(sampler: SamplerConfig) -> list[str]:
+    """Options of a sampler, besides kind, steps and spacing, that are not at their defaults, as `eta=1`."""
+    return _changed(sampler, "kind", "steps", "spacing")
+
+
+def _changed(config: Config, *but: str) -> list[str]:
+    fields = {name: field.default for name, field in type(config).model_fields.items() if name not in but}
+    found = {name: getattr(config, name) for name, default in fields.items() if getattr(config, name) != default}
+    return [f"{name}={str(value).removesuffix('.0')}" for name, value in found.items()]
 
 
 _GRID = ("ddpm:250", *(f"{kind}:{steps}" for kind in SamplerKind for steps in (25, 10)))
@@ -279,12 +294,27 @@ class ComparisonConfig(Config):
                 raise ValueError(f"the {field} {name} is not among the contestants, which are {shown}")
         return self
 
+    @model_validator(mode="after")
+    def _candidate_is_not_the_reference(self) -> Self:
+        ways = {each.label: self.way_of(each) for each in self.contestants}
+        if self.candidate is not None and ways[self.candidate] == ways[self.reference_name]:
+            raise ValueError(
+                f"the candidate {self.candidate} samples exactly as the reference {self.reference_name}, so their "
+                "comparison shows nothing: name another reference"
+            )
+        return self
+
     @property
     def reference_name(self) -> str:
         return self.reference or self.contestants[0].label
 
     def guidance_of(self, contestant: Contestant) -> GuidanceConfig:
         return contestant.guidance or self.guidance
+
+    def way_of(self, contestant: Contestant) -> str:
+        """A digest of how a contestant samples: of everything but its name."""
+        guidance = self.guidance_of(contestant)
+        return digest(contestant.sampler, guidance, guidance.models)
 
     @property
     def all_seeds(self) -> range:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -48,6 +48,12 @@ class Features:
         if self.seen is None or self.asked is None:
             return None
         return float((self.seen == self.asked).mean())
+
+    @classmethod
+    def joined(cls, parts: Sequence[Features]) -> Features:
+        """The features of several sets as those of one, in their order. At least one part."""
+        values = np.concatenate([part.values for part in parts])
+        return cls(values, _joined([part.seen for part in parts]), _joined([part.asked for part in parts]))
 
     def to_bytes(self) -> bytes:
         arrays = {"values": self.values, "seen": self.seen, "asked": self.asked}
@@ -106,8 +112,7 @@ class Measurer:
             for images, labels in batches:
                 parts.append(self.features(images, labels))
                 progress.advance(len(images))
-        values = np.concatenate([part.values for part in parts])
-        return Features(values, _joined([part.seen for part in parts]), _joined([part.asked for part in parts]))
+        return Features.joined(parts)
 
     def features(self, images: np.ndarray, labels: np.ndarray | None) -> Features:
         """Features of images (N, H, W, C) uint8 with the classes asked for (N,), or None."""
@@ -118,12 +123,20 @@ class Measurer:
         )
 
     def reference(self, count: int) -> Reference:
-        """The real side for sets of `count` images; kept with the dataset version, so it is computed once."""
+        """The real side for sets of `count` images; kept with the dataset version, so it is computed once.
+
+        What is kept is known by the extractor alone. The classes seen by a classifier that is not the extractor are
+        therefore taken anew: they may have been kept by another one.
+        """
         place = self.dataset.directory / f"extractors/{self.extractor.digest}"
         key = f"reference-{_ALGORITHM}-{count}.safetensors"
         if not place.exists(key):
             place.create(key, self._reference(count))
-        return _read_reference(place, key)
+        kept, classifier = _read_reference(place, key), self._classifier
+        if classifier is None or classifier is self.extractor:
+            return kept
+        seen = np.concatenate([classifier.classify(images) for images, _ in _real(self.dataset, "test", count)])
+        return replace(kept, held_out=replace(kept.held_out, seen=seen))
 
     def _reference(self, count: int) -> bytes:
         rows = self.dataset.num_rows("train")

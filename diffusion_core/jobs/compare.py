@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from diffusion_core.bundle import BundleConfig, bundle_digest, check_makes_images, read_bundle_config
@@ -29,13 +29,14 @@ from diffusion_core.evaluation.comparison import (
     verdict,
 )
 from diffusion_core.evaluation.config import ComparisonConfig, Contestant, EvaluationConfig
-from diffusion_core.evaluation.identity import distance_name, extractor_identity
+from diffusion_core.evaluation.identity import classifier_identity, distance_name, extractor_identity
+from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.jobs.cluster import ray_session
 from diffusion_core.jobs.evaluate import check_comparable
-from diffusion_core.jobs.guide import with_guides_found
+from diffusion_core.jobs.guide import guide_digests, with_guides_found
 from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.requests import CompareRequest, CompareResult, Resources
-from diffusion_core.jobs.rows import on_cluster
+from diffusion_core.jobs.rows import WorkersDied, on_cluster
 from diffusion_core.jobs.tally import tallied
 from diffusion_core.jobs.turns import one_at_a_time
 from diffusion_core.progress import Progress
@@ -47,16 +48,20 @@ if TYPE_CHECKING:
 ABOUT = "about.json"
 REPORT, TABLE, PICTURE = "comparison.json", "comparison.md", "comparison.png"
 _ALGORITHM = 1  # raised when the figures are computed differently
-_VIEW = 2  # raised when table or picture look different
+_VIEW = 3  # raised when table or picture look different
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Cell:
-    """A contestant with a seed, and where their figures are."""
+    """The images of a contestant and a seed: how they are made, seed apart, by which guides, where their figures are.
 
-    contestant: Contestant
+    guides: digests of the other models that take part, by the names of their fields.
+    """
+
+    generation: GenerationConfig
+    guides: dict[str, str]
     seed: int
     key: str
 
@@ -73,25 +78,52 @@ class _Bench:
     config: ComparisonConfig
     images: int
 
-    def cells(self, contestant: Contestant) -> list[_Cell]:
-        """The cells of a contestant, seed by seed. Their address is what defines them: not a name, not its place."""
-        guidance = self.config.guidance_of(contestant)
-        guides = [f"{name} {bundle_digest(uri)}" for name, uri in guidance.models.items()]
-        made_so = digest(contestant.sampler, guidance, *guides)
-        return [_Cell(contestant, seed, f"cells/{made_so}/seed-{seed}.json") for seed in self.config.all_seeds]
+    @cached_property
+    def cells(self) -> dict[str, list[_Cell]]:
+        """Cells by the label of their contestant, seed by seed. Guides are looked at once, and so are the same for all.
+
+        Their address is what defines them: not a name, not its place.
+        """
+        return {contestant.label: self._cells(contestant) for contestant in self.config.contestants}
+
+    def _cells(self, contestant: Contestant) -> list[_Cell]:
+        generation = self._generation(contestant)
+        guides = guide_digests(generation.guidance)
+        place = f"cells/{digest(generation, guides)}"
+        return [_Cell(generation, guides, seed, f"{place}/seed-{seed}.json") for seed in self.config.all_seeds]
+
+    def _generation(self, contestant: Contestant) -> GenerationConfig:
+        """How the images of a contestant are made, whatever the seed."""
+        return GenerationConfig(
+            sampler=contestant.sampler,
+            guidance=self.config.guidance_of(contestant),
+            labels="balanced",
+            batch_size=self.config.batch_size,
+        )
+
+    @property
+    def view(self) -> Directory:
+        """Where table, picture and report are: those of these cells, called and judged as the configuration says."""
+        keys = {label: [cell.key for cell in cells] for label, cells in self.cells.items()}
+        return self.directory / f"views/{digest(_VIEW, self.config.model_dump(mode='json'), keys)}"
 
     def missing(self) -> list[_Cell]:
         """Cells that are not stored; of those that two contestants have in common, one."""
         stored = {entry.key for entry in self.directory.list("cells/")}
-        wanted = {cell.key: cell for contestant in self.config.contestants for cell in self.cells(contestant)}
+        wanted = {cell.key: cell for cells in self.cells.values() for cell in cells}
         return [cell for key, cell in wanted.items() if key not in stored]
+
+    def names(self, keys: set[str]) -> list[str]:
+        """Labels of the contestants that have one of these cells."""
+        return [label for label, cells in self.cells.items() if keys & {cell.key for cell in cells}]
 
 
 def run(request: CompareRequest) -> CompareResult:
     """Make the cells that are missing, and table, picture and report of all that are asked for.
 
-    The comparison's id, `<store>/comparisons/<id>/`, is a digest of the bundle, the dataset version, the extractor and
-    of what all cells share. Uses the Ray that is initialised, else starts one for as long as cells are made.
+    The comparison's id, `<store>/comparisons/<id>/`, is a digest of the bundle, the dataset version, the extractor, the
+    classifier and of what all cells share. Uses the Ray that is initialised, else starts one for as long as cells are
+    made.
 
     Raises:
         UserError: no bundle or dataset there, images of different shapes, too few real images, a sampler that the
@@ -99,8 +131,7 @@ def run(request: CompareRequest) -> CompareResult:
     """
     started = time.monotonic()
     bench = _bench(request)
-    view = bench.directory / f"views/{digest(_VIEW, bench.config.model_dump(mode='json'))}"
-    made = 0
+    view, made = bench.view, 0
     if not view.exists(REPORT):
         from diffusion_core.evaluation.features import Measurer
 
@@ -145,10 +176,18 @@ def _bench(request: CompareRequest) -> _Bench:
         )
     images = min(config.images, rows["train"])  # recall compares with as many real ones
     shared = (evaluation.neighbours, images, config.batch_size)
-    extractor = extractor_identity(evaluation, dataset.version)
-    name = digest("comparison", _ALGORITHM, bundle_digest(request.bundle_uri), dataset.version, extractor, *shared)
+    measured = _measured_by(evaluation, dataset)
+    name = digest("comparison", _ALGORITHM, bundle_digest(request.bundle_uri), dataset.version, measured, *shared)
     directory = Directory(request.store) / f"comparisons/{name}"
     return _Bench(directory, request.bundle_uri, bundle, dataset, evaluation, config, images)
+
+
+def _measured_by(evaluation: EvaluationConfig, dataset: ImageDataset) -> dict[str, str]:
+    """Digests of the networks that look at images: the extractor, and the classifier that tells the accuracy."""
+    found = {"extractor": extractor_identity(evaluation, dataset.version)}
+    if dataset.class_names:
+        found["classifier"] = classifier_identity(evaluation.classifier, dataset.version)
+    return found
 
 
 def _about(bench: _Bench) -> dict[str, Any]:
@@ -164,7 +203,7 @@ def _about(bench: _Bench) -> dict[str, Any]:
             "images_seen": bundle.images_seen,
         },
         "dataset": {"name": dataset.name, "version": dataset.version, "uri": dataset.uri},
-        "extractor": extractor_identity(bench.evaluation, dataset.version),
+        **_measured_by(bench.evaluation, dataset),
         "neighbours": bench.evaluation.neighbours,
         "images": bench.images,
         "batch_size": bench.config.batch_size,
@@ -172,19 +211,22 @@ def _about(bench: _Bench) -> dict[str, Any]:
 
 
 def _make(bench: _Bench, missing: Sequence[_Cell], resources: Resources) -> int:
-    """Make cells on the cluster, the longest first, so that no long one is left for a single worker at the end."""
+    """Make cells on the cluster, the longest first, so that no long one is left for a single worker at the end.
+
+    Raises:
+        UserError: contestants whose workers died at every attempt; all other cells are stored.
+    """
     if not missing:
         return 0
-    from diffusion_core.jobs.compare_cell import Bench, make_cell
+    from diffusion_core.jobs.compare_cell import Shared, make_cell
 
-    shared = Bench(
+    shared = Shared(
         directory_uri=bench.directory.uri,
         bundle_uri=bench.bundle_uri,
         bundle_digest=bundle_digest(bench.bundle_uri),
         dataset_uri=bench.dataset.uri,
         evaluation=bench.evaluation,
         images=bench.images,
-        batch_size=bench.config.batch_size,
         device="cuda" if resources.gpus_per_worker else "cpu",
     )
     rows = sorted(_rows(bench, missing), key=lambda row: -row["evaluations"])
@@ -195,8 +237,16 @@ def _make(bench: _Bench, missing: Sequence[_Cell], resources: Resources) -> int:
         tallied(progress, 0) as tally,
         closing(on_cluster(partial(make_cell, shared, tally), rows, resources)) as answers,
     ):
-        for done, _ in enumerate(answers, start=1):
-            logger.info("%d of %d cells made", done, len(rows))
+        try:
+            for done, _ in enumerate(answers, start=1):
+                logger.info("%d of %d cells made", done, len(rows))
+        except WorkersDied as died:
+            names = ", ".join(bench.names({rows[place]["key"] for place in died.places}))
+            raise UserError(
+                f"The worker process died at every attempt (killed, out of memory, or a crash in native code) at cells "
+                f"of {names}, and all other cells are stored: leave these contestants out, lower resources.workers so "
+                "that each has more memory, or lower comparison.batch_size, for which all cells are made anew."
+            ) from died
         progress.update(total)
     return len(rows)
 
@@ -209,14 +259,14 @@ def _rows(bench: _Bench, cells: Sequence[_Cell]) -> list[dict[str, Any]]:
     process, computed = make_process(bench.bundle.process), padded(bench.images, bench.config.batch_size)
     rows = []
     for cell in cells:
-        sampler, guidance = cell.contestant.sampler, bench.config.guidance_of(cell.contestant)
+        sampler, guidance = cell.generation.sampler, cell.generation.guidance
         networks = 1 + (guidance.scale not in (0, 1)) + bool(guidance.classifier_scale)
         rows.append(
             {
                 "key": cell.key,
                 "seed": cell.seed,
-                "sampler": sampler.model_dump(mode="json"),
-                "guidance": guidance.model_dump(mode="json"),
+                "generation": cell.generation.model_dump(mode="json", exclude={"seed"}),
+                "guides": cell.guides,
                 "evaluations": networks * build_sampler(sampler, process).evaluations * computed,
             }
         )
@@ -239,19 +289,19 @@ def _found(bench: _Bench, reference: Reference) -> Comparison:
     config, failed = bench.config, dict[str, str]()
     cells: dict[str, list[dict[str, Any]]] = {}
     for contestant in config.contestants:
-        stored = [bench.directory.read_json(cell.key) for cell in bench.cells(contestant)]
+        stored = [bench.directory.read_json(cell.key) for cell in bench.cells[contestant.label]]
         if errors := [cell["error"] for cell in stored if "error" in cell]:
             failed[contestant.label] = errors[0]
         else:
             cells[contestant.label] = stored
     of = cells.get(config.reference_name, [])
     standings = [standing(config, each, cells[each.label], of) for each in config.contestants if each.label in cells]
-    shown = {"comparison": config, "evaluation": bench.evaluation}
+    evaluation = {name: getattr(bench.evaluation, name) for name in ("extractor", "classifier", "neighbours")}
     return Comparison(
         bundle_digest=bundle_digest(bench.bundle_uri),
         images_seen=bench.bundle.images_seen,
         dataset=f"{bench.dataset.name}/{bench.dataset.version}",
-        configuration={name: json.loads(json.dumps(identity(value))) for name, value in shown.items()},
+        configuration=json.loads(json.dumps(identity({"comparison": config, "evaluation": evaluation}))),
         distance_name=distance_name(bench.evaluation),
         images=bench.images,
         seeds=list(config.all_seeds),

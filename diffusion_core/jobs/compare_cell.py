@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from diffusion_core.bundle import Bundle, load_bundle
-from diffusion_core.config import Config, UserError
+from diffusion_core.bundle import Bundle, bundle_digest, load_bundle
+from diffusion_core.config import Config, UserError, identity
 from diffusion_core.data.shards import open_dataset
-from diffusion_core.diffusion.config import GuidanceConfig, SamplerConfig
 from diffusion_core.evaluation.config import EvaluationConfig
-from diffusion_core.evaluation.features import Measurer, Reference
+from diffusion_core.evaluation.features import Features, Measurer, Reference
 from diffusion_core.evaluation.report import brief_figures
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.generation.labels import Labels
@@ -24,9 +23,10 @@ from diffusion_core.generation.worker import Generator, NonFiniteImages
 from diffusion_core.storage import Directory
 
 TOLD_EVERY_S = 1.0
+_BLOCK = 1024  # images, about, that are in memory at a time
 
 
-class Bench(Config):
+class Shared(Config):
     """What all cells of a comparison have in common."""
 
     directory_uri: str
@@ -35,7 +35,6 @@ class Bench(Config):
     dataset_uri: str
     evaluation: EvaluationConfig
     images: int
-    batch_size: int
     device: str
 
 
@@ -80,7 +79,7 @@ def padded(images: int, batch_size: int) -> int:
     return -(-images // batch_size) * batch_size
 
 
-def make_cell(bench: Bench, tally: Callable[[int], None], row: dict[str, Any]) -> None:
+def make_cell(shared: Shared, tally: Callable[[int], None], row: dict[str, Any]) -> None:
     """Make and store one cell, unless it is there.
 
     A network that gives no finite values for some image will never do otherwise, so that is stored as well, as the
@@ -88,48 +87,55 @@ def make_cell(bench: Bench, tally: Callable[[int], None], row: dict[str, Any]) -
 
     Args:
         tally: told the number of network evaluations whenever some are done; in all, of as many as were foreseen.
-        row: key of the cell, seed, sampler and guidance as plain values, and the `evaluations` that are foreseen.
+        row: `key` of the cell; `generation` as plain values, and its `seed`; `guides`, digests of the other models that
+            take part by the names of their fields; and the `evaluations` that are foreseen.
+
+    Raises:
+        UserError: the bundle or a guide is not the one that the comparison began with.
     """
-    directory = Directory(bench.directory_uri)
+    directory = Directory(shared.directory_uri)
     if directory.exists(row["key"]):
         tally(row["evaluations"])
         return
-    bundle, measurer, reference = _tools(bench)
-    config = GenerationConfig(
-        sampler=SamplerConfig.model_validate(row["sampler"]),
-        guidance=GuidanceConfig.model_validate(row["guidance"]),
-        seed=row["seed"],
-        labels="balanced",
-        batch_size=bench.batch_size,
-    )
-    cell: dict[str, Any] = {"schema_version": 1, "seed": row["seed"], "sampler": row["sampler"]}
-    generator = Generator(bundle, config, bench.device)
-    cell |= {"guidance": row["guidance"], "made_on": generator.made_on}
+    bundle, measurer, reference = _tools(shared)
+    config = GenerationConfig.model_validate({**row["generation"], "seed": row["seed"]})
+    generator = Generator(bundle, config, shared.device)
+    _check_guides(config.guidance.models, row["guides"])  # now that they are loaded
+    cell = {"schema_version": 2, "generation": identity(config), "guides": row["guides"], "made_on": generator.made_on}
     count = Count(tally)
     try:
-        cell |= _figures(bench, generator, measurer, reference, count)
+        cell |= _figures(shared, generator, measurer, reference, count)
     except NonFiniteImages as error:
         cell["error"] = str(error)
     count.end(row["evaluations"])
     directory.create_json(row["key"], cell)
 
 
+def _check_guides(uris: dict[str, str], digests: dict[str, str]) -> None:
+    for name, uri in uris.items():
+        if bundle_digest(uri) != digests[name]:
+            raise UserError(f"The {name} {uri} is not the one that the comparison began with.")
+
+
 def _figures(
-    bench: Bench, generator: Generator, measurer: Measurer, reference: Reference, count: Count
+    shared: Shared, generator: Generator, measurer: Measurer, reference: Reference, count: Count
 ) -> dict[str, float]:
-    ids, labels = np.arange(bench.images), Labels(generator.bundle.config.num_classes)
-    with counted(generator.networks, count):
-        images = generator.images(ids, labels.of)
-    measured = measurer.features(images, labels.of(ids))
-    evaluations = count.rows / padded(bench.images, bench.batch_size)
-    return {"evaluations": evaluations, **brief_figures(reference, measured, bench.evaluation.neighbours)}
+    batch_size, labels = generator.config.batch_size, Labels(generator.bundle.config.num_classes)
+    size, parts = batch_size * max(1, round(_BLOCK / batch_size)), []  # whole batches, of which each is computed once
+    for first in range(0, shared.images, size):
+        ids = np.arange(first, min(first + size, shared.images))
+        with counted(generator.networks, count):
+            images = generator.images(ids, labels.of)
+        parts.append(measurer.features(images, labels.of(ids)))
+    found = brief_figures(reference, Features.joined(parts), shared.evaluation.neighbours)
+    return {"evaluations": count.rows / padded(shared.images, batch_size), **found}
 
 
 @lru_cache(maxsize=1)
-def _tools(bench: Bench) -> tuple[Bundle, Measurer, Reference]:
+def _tools(shared: Shared) -> tuple[Bundle, Measurer, Reference]:
     """What a worker's process loads once for all its cells."""
-    bundle = load_bundle(bench.bundle_uri, bench.device)
-    if bundle.digest != bench.bundle_digest:
-        raise UserError(f"The bundle {bench.bundle_uri} is not the one that the comparison began with.")
-    measurer = Measurer(bench.evaluation, open_dataset(bench.dataset_uri))
-    return bundle, measurer, measurer.reference(bench.images)
+    bundle = load_bundle(shared.bundle_uri, shared.device)
+    if bundle.digest != shared.bundle_digest:
+        raise UserError(f"The bundle {shared.bundle_uri} is not the one that the comparison began with.")
+    measurer = Measurer(shared.evaluation, open_dataset(shared.dataset_uri))
+    return bundle, measurer, measurer.reference(shared.images)

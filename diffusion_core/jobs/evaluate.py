@@ -16,7 +16,7 @@ from diffusion_core.data.shards import ImageDataset, open_dataset
 from diffusion_core.evaluation.config import EvaluationConfig, EvaluationLabels, check_held_out_figures
 from diffusion_core.evaluation.identity import extractor_identity
 from diffusion_core.generation.config import GenerationConfig
-from diffusion_core.jobs.guide import with_guides_found
+from diffusion_core.jobs.guide import guide_digests, with_guides_found
 from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.requests import EvaluateRequest, EvaluateResult, Resources
 from diffusion_core.jobs.turns import one_at_a_time
@@ -87,7 +87,7 @@ def evaluate(
     check_held_out_figures("evaluation", config, bundle.process)
     config = config.model_copy(update={"guidance": with_guides_found(config.guidance, store)})
     bundle_id, extractor = bundle_digest(bundle_uri), extractor_identity(config, dataset.version)
-    guided = [f"{name} {bundle_digest(uri)}" for name, uri in config.guidance.models.items()]
+    guided = [f"{name} {found}" for name, found in guide_digests(config.guidance).items()]
     evaluation_id = digest("evaluation", _ALGORITHM, bundle_id, dataset.version, extractor, config, *guided)
     directory = Directory(store) / f"evaluations/{evaluation_id}"
     if directory.exists(REPORT):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_core.bundle import load_bundle
+from diffusion_core.bundle import bundle_digest, load_bundle
 from diffusion_core.config import UserError
 from diffusion_core.diffusion import build_sampler, make_process
 from diffusion_core.diffusion.config import GuidanceConfig, ProcessConfig, SamplerConfig, SamplerKind
+from diffusion_core.evaluation import features
+from diffusion_core.evaluation.classifier import classifier_extractor
 from diffusion_core.evaluation.config import ClassifierConfig, ComparisonConfig, EvaluationConfig
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.generation.worker import Generator, NonFiniteImages
 from diffusion_core.jobs import compare, compare_cell
 from diffusion_core.jobs.compare_cell import Count, counted
 from diffusion_core.jobs.requests import CompareRequest
+from diffusion_core.jobs.rows import WorkersDied
 from diffusion_core.storage import Directory
 from flows import listing, prune
 from tests.evaluated import pictures_dataset
@@ -218,5 +222,115 @@ def test_guidance_is_part_of_a_cell_and_a_guide_by_its_content(place, inline, st
         guided = [{"sampler": {"steps": 2}, "guidance": {"scale": 2.0, "guide": uri}}]
         made = compare.run(request_of(place, store, contestants=guided, seeds=1)).made
         assert made == (0 if copy == 1 else 1)
+    first = compare.run(request_of(place, store, contestants=guided, seeds=1))
+    replace_guide(place, guides[2], 3)
+    other = compare.run(request_of(place, store, contestants=guided, seeds=1))
+    assert (first.made, other.made) == (0, 1) and other.uri != first.uri
+    assert other.comparison.standings[0].distances != first.comparison.standings[0].distances
     assert compare.run(request_of(place, store, contestants=["ddim:2@2"], seeds=1)).made == 1
     assert GuidanceConfig(scale=2.0) == ComparisonConfig(contestants=["ddim:2@2"]).contestants[0].guidance
+
+
+def replace_guide(place, uri: str, seed: int) -> None:
+    _, dataset, _ = place
+    shutil.rmtree(uri)
+    tiny_bundle(uri, dataset.class_names, dataset.image_shape, seed)
+
+
+def test_a_guide_that_is_replaced_meanwhile_is_refused(place, inline, store, tmp_path, monkeypatch):
+    _, dataset, _ = place
+    guide = tiny_bundle(tmp_path / "guide", dataset.class_names, dataset.image_shape, 1)
+    guided = [{"sampler": {"steps": 2}, "guidance": {"scale": 2.0, "guide": guide}}]
+    cells = stored(compare.run(request_of(place, store, contestants=guided, seeds=1)).uri)
+    assert all(f'"guide":"{bundle_digest(guide)}"' in data.decode().replace(" ", "") for data in cells.values())
+    rows = compare._rows
+
+    def replaced(*given):
+        found = rows(*given)
+        replace_guide(place, guide, 2)
+        return found
+
+    monkeypatch.setattr(compare, "_rows", replaced)
+    with pytest.raises(UserError, match=r"The guide .*/guide is not the one that the comparison began with\."):
+        compare.run(request_of(place, store, contestants=guided, seeds=2))
+
+
+def test_all_that_defines_the_images_is_in_the_address_and_reaches_the_worker(place, inline, store, monkeypatch):
+    asked = request_of(place, store, contestants=["ddim:2"], seeds=2)
+    compare.run(asked)
+    generation, used = compare._Bench._generation, []
+    rounded = {"precision": "bfloat16", "threads": 2}
+
+    def other(*given):
+        return GenerationConfig.model_validate({**generation(*given).model_dump(), **rounded})
+
+    def figures(shared, generator, *rest):
+        used.append(generator.config)
+        return {"evaluations": 2.0, "distance": 1.0, "precision": 1.0, "recall": 1.0}
+
+    monkeypatch.setattr(compare._Bench, "_generation", other)
+    monkeypatch.setattr(compare_cell, "_figures", figures)
+    again = compare.run(asked)
+    assert again.made == 2 and len(stored(again.uri)) == 4
+    assert [each.seed for each in used] == [0, 1] and used[0] == other(
+        compare._bench(asked), asked.comparison.contestants[0]
+    )
+    monkeypatch.setattr(GenerationConfig, "algorithm_version", 99)
+    assert compare.run(asked).made == 2
+
+
+def test_a_set_is_made_block_by_block_to_the_same_figures(place, inline, store, monkeypatch):
+    whole = stored(compare.run(request_of(place, store)).uri)
+    images, sizes = Generator.images, []
+
+    def watched(self, ids, *given):
+        sizes.append(len(ids))
+        return images(self, ids, *given)
+
+    monkeypatch.setattr(Generator, "images", watched)
+    monkeypatch.setattr(compare_cell, "_BLOCK", 20)  # the nearest multiple of 16 is 16
+    for key in whole:
+        Directory(compare._bench(request_of(place, store)).directory.uri).delete(key)
+    compare._bench(request_of(place, store)).view.delete_tree()
+    assert stored(compare.run(request_of(place, store)).uri) == whole
+    assert sizes == [16, 8] * 4
+
+
+def test_contestants_whose_workers_die_are_named_and_the_others_stored(place, inline, store, monkeypatch):
+    work_on = compare.on_cluster
+
+    def deadly(work, rows, resources):
+        places = [place for place, row in enumerate(rows) if row["generation"]["sampler"]["kind"] == "heun"]
+        yield from work_on(work, [row for place, row in enumerate(rows) if place not in places], resources)
+        raise WorkersDied(places, len(rows), 3)
+
+    monkeypatch.setattr(compare, "on_cluster", deadly)
+    with pytest.raises(UserError, match=r"at cells of heun:2, and all other cells are stored: leave these"):
+        compare.run(request_of(place, store, contestants=[*CONTESTANTS, "heun:2"]))
+    monkeypatch.setattr(compare, "on_cluster", work_on)
+    assert compare.run(request_of(place, store)).made == 0
+
+
+def test_another_classifier_beside_another_extractor_is_another_comparison(place, inline, monkeypatch):
+    """The reference is kept by the extractor alone, and yet the accuracy of real images is that of this classifier."""
+
+    class Means:
+        kind, digest = "means", "means"
+
+        def features(self, images: np.ndarray) -> np.ndarray:
+            return images[:, ::5, ::5, 0].reshape(len(images), -1).astype(np.float32)
+
+    monkeypatch.setattr(features, "make_extractor", lambda *_: Means())
+    monkeypatch.setattr(compare, "extractor_identity", lambda *_: "means")
+    _, dataset, _ = place
+    held_out, uris, accuracies = dataset.read("test", limit=24), set(), []
+    for images in (32, 500):
+        evaluation = EvaluationConfig(classifier=EVALUATION.classifier.model_copy(update={"images": images}))
+        asked = request_of(place, contestants=["ddim:1"], seeds=1).model_copy(update={"evaluation": evaluation})
+        found = compare.run(asked)
+        seen = classifier_extractor(dataset, evaluation.classifier).classify(held_out.images)
+        accuracies.append(found.comparison.floor.accuracy)
+        assert accuracies[-1] == (seen == held_out.labels).mean() and found.made == 1
+        uris.add(found.uri.partition("/views/")[0])
+    assert len(uris) == 2 and accuracies[0] != accuracies[1]
+    assert set(found.comparison.configuration["evaluation"]) == {"extractor", "classifier", "neighbours"}

@@ -92,12 +92,49 @@ def test_the_grid_has_every_sampler():
         ({"reference": "ddpm:25"}, "the reference ddpm:25 is not among"),
         ({"contestants": ["ddim:5", "ddim:5"]}, "two contestants are called ddim:5"),
         ({"contestants": []}, "at least 1"),
+        ({"reference": "heun:4"}, "samples exactly as the reference heun:4.*: name another reference"),
+        ({"candidate": "ddpm:250"}, "samples exactly as the reference ddpm:250.*: name another reference"),
+        (
+            {"candidate": "heun:4@1.5", "contestants": ["heun:4", "heun:4@1.5"]},
+            "samples exactly as the reference heun:4,",
+        ),
         ({"seeds": 0}, "greater than or equal to 1"),
     ],
 )
 def test_who_does_not_take_part_is_told(changes, words):
     with pytest.raises(ValidationError, match=words):
         config(**changes)
+
+
+def test_series_differ_in_steps_alone():
+    """Where anything else differs, the series does, and the default name."""
+    inside = {"scale": 1.5, "min_log_snr": -2}
+    fields = [
+        *[{"sampler": {"kind": "ddim", "steps": steps, "eta": eta}} for eta in (0, 0.5, 1) for steps in (5, 7)],
+        {"sampler": {"kind": "heun", "steps": 5, "churn": 40, "spacing": "linspace"}},
+        {"sampler": {"kind": "ddim", "steps": 5}, "guidance": inside},
+        {"sampler": {"kind": "ddim", "steps": 5}, "guidance": {**inside, "max_log_snr": 3.5, "rescale": 0.7}},
+        *[{"sampler": {"steps": 5}, "name": uri, "guidance": {"scale": 2, "guide": uri}} for uri in ("/a", "/b")],
+        {"sampler": {"steps": 7}, "name": "/b again", "guidance": {"scale": 2, "guide": "/b"}},
+    ]
+    asked = config(contestants=fields, candidate=None)
+    cell = [{"evaluations": 5.0, "distance": 2.0, "precision": 0.9, "recall": 0.8}]
+    found = [standing(asked, each, cell, cell) for each in asked.contestants]
+    labels = ["ddim:5", "ddim:7", "ddim:5:eta=0.5", "ddim:7:eta=0.5", "ddim:5:eta=1", "ddim:7:eta=1"]
+    labels += ["heun:5:linspace:churn=40", "ddim:5@1.5:min_log_snr=-2"]
+    labels += ["ddim:5@1.5:rescale=0.7:min_log_snr=-2:max_log_snr=3.5", "/a", "/b", "/b again"]
+    assert [each.name for each in found] == labels
+    assert [each.series for each in found] == [
+        *["ddim, guidance 1.5"] * 2,
+        *["ddim, eta=0.5, guidance 1.5"] * 2,
+        *["ddim, eta=1, guidance 1.5"] * 2,
+        "heun, linspace, churn=40, guidance 1.5",
+        "ddim, guidance 1.5 in part (log-SNR from -2)",
+        "ddim, guidance 1.5 in part (log-SNR from -2 to 3.5, rescale=0.7)",
+        "ddim, guidance 2 by guide",
+        *["ddim, guidance 2 by guide (2)"] * 2,
+    ]
+    assert found[7].guidance == found[8].guidance == "1.5 in part"
 
 
 def test_contestants_have_to_suit_the_model():
