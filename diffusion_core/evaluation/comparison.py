@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import Field
 
-from diffusion_core.config import Config, UserError
-from diffusion_core.diffusion.config import GuidanceConfig, ProcessConfig, check_sampler
+from diffusion_core.config import Config
+from diffusion_core.diffusion.config import GuidanceConfig, ProcessConfig, check_guidance_scale, check_sampler
 from diffusion_core.diffusion.kinds import Spacing
 from diffusion_core.evaluation.config import ComparisonConfig, Contestant, sampler_options
 
@@ -107,11 +107,7 @@ def check_contestants(config: ComparisonConfig, process: ProcessConfig, class_na
     for contestant in config.contestants:
         guidance = config.guidance_of(contestant)
         check_sampler(f"{contestant.label}: sampler", contestant.sampler, process)
-        if guidance.scale != 1 and not guidance.guide and not class_names:
-            raise UserError(
-                f"{contestant.label}: guidance.scale {guidance.scale:g} is not accepted for a model without classes, "
-                "which takes only 1, or a guide."
-            )
+        check_guidance_scale(f"{contestant.label}: guidance", guidance, class_names)
 
 
 def paired_ratio(distances: Sequence[float], reference: Sequence[float]) -> Ratio | None:

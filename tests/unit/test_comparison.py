@@ -141,7 +141,7 @@ def test_contestants_have_to_suit_the_model():
     check_contestants(config(), ProcessConfig(), ["a", "b"])
     with pytest.raises(UserError, match=r"ddpm:250: sampler\.steps: 250 is more than the 100 timesteps"):
         check_contestants(config(), ProcessConfig(timesteps=100), ["a", "b"])
-    with pytest.raises(UserError, match=r"ddpm:250: guidance\.scale 1\.5 is not accepted for a model without classes"):
+    with pytest.raises(UserError, match=r"ddpm:250: guidance\.scale: 1.5 is not accepted for a model without classes"):
         check_contestants(config(), ProcessConfig(), [])
     flow = ProcessConfig(schedule="flow", prediction="flow")
     with pytest.raises(UserError, match=r"ddim:5:karras: sampler\.spacing"):
