@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 
@@ -13,7 +12,7 @@ import torch
 
 from diffusion_core.bundle import load_bundle, model_card, verify_bundle
 from diffusion_core.config import UserError
-from diffusion_core.training import TrainingConfig, open_run, train
+from diffusion_core.training import TrainingConfig, loop, open_run, train
 from diffusion_core.training.checkpoint import checkpoints
 from diffusion_core.training.ema import Ema
 from diffusion_core.training.learner import Learner
@@ -120,14 +119,17 @@ class CrashError(Exception):
     pass
 
 
-def crash_after(steps):
-    count = itertools.count(1)
+class CrashAt:
+    """Progress that ends the training hard once so many images are seen."""
 
-    def should_stop():
-        if next(count) > steps:
+    total: float | None = None
+
+    def __init__(self, images_seen):
+        self.images_seen = images_seen
+
+    def update(self, done, **figures):
+        if done >= self.images_seen:
             raise CrashError
-
-    return should_stop
 
 
 def power_spec(dataset, **changes):
@@ -206,11 +208,48 @@ def test_an_interrupted_run_makes_the_same_averages(finished, dataset, tmp_path)
     spec = power_spec(dataset)
     run = open_run(str(tmp_path), spec)
     with pytest.raises(CrashError):
-        train(spec, run, should_stop=crash_after(13))
+        train(spec, run, progress=CrashAt(130))
+    assert checkpoints(run.checkpoints) == [100] and checkpoints(run.snapshots) == list(range(10, 121, 10))
     train(spec, run)
     assert_same_weights(run, finished[0])
     assert checkpoints(run.snapshots) == checkpoints(finished[0].snapshots)
     assert_same_average(run, finished[0])
+
+
+@pytest.mark.parametrize(("name", "left"), [("save_snapshot", []), ("save_checkpoint", [100])])
+def test_a_crash_between_snapshot_and_checkpoint_loses_neither(finished, dataset, tmp_path, monkeypatch, name, left):
+    """Both are due at 100: what comes past it again takes the snapshot, whichever of them was cut short."""
+    spec = power_spec(dataset)
+    run = open_run(str(tmp_path), spec)
+
+    def crash(*arguments):
+        if getattr(arguments[1], "images_seen", arguments[-2]) == 100:
+            raise CrashError
+        original(*arguments)
+
+    original = getattr(loop, name)
+    with monkeypatch.context() as patch, pytest.raises(CrashError):
+        patch.setattr(loop, name, crash)
+        train(spec, run)
+    assert checkpoints(run.checkpoints) == [] and checkpoints(run.snapshots) == [*range(10, 100, 10), *left]
+    train(spec, run)
+    assert_same_weights(run, finished[0])
+    assert checkpoints(run.snapshots) == checkpoints(finished[0].snapshots)
+    assert_same_average(run, finished[0])
+
+
+def test_weights_that_are_not_numbers_reach_no_snapshot(dataset, tmp_path, monkeypatch):
+    class Diverging(Learner):
+        def step(self, images_seen, *rest):
+            loss, norm = super().step(images_seen, *rest)
+            return loss, norm * (math.nan if images_seen == 50 else 1.0)
+
+    monkeypatch.setattr(loop, "Learner", Diverging)
+    spec = power_spec(dataset, log_every_images=200)
+    run = open_run(str(tmp_path), spec)
+    with pytest.raises(loop.DivergedError, match="no longer finite after 50 images"):
+        train(spec, run)
+    assert checkpoints(run.snapshots) == [10, 20, 30, 40]
 
 
 def test_a_longer_training_makes_what_it_would_have_made_at_once(finished, dataset, tmp_path):
