@@ -50,6 +50,11 @@ class BundleConfig(Config):
     ema_sigma_rel: float | None = later(
         None, description="Relative width of the power-function average that the weights are; none: a half-life."
     )
+    ema_error: float | None = execution(
+        None,
+        description="Of an average that was made after training: relative L2 error of its profile over time, from 0;"
+        " none: the average was kept in training.",
+    )
     code_version: str = execution("", description="Version of the code that trained the model.")
     mlflow_run_id: str | None = execution(None, description="MLflow run that recorded the training.")
 
@@ -241,8 +246,9 @@ only: what it makes shares their biases and their limits of use.
 
 
 def _average_row(config: BundleConfig) -> str:
-    width = config.ema_sigma_rel
-    return "" if width is None else f"| average | a power function of relative width {width:g} |\n"
+    width, error = config.ema_sigma_rel, config.ema_error
+    made = "" if error is None else f", made of snapshots with an error of {100 * error:.1f} %"
+    return "" if width is None else f"| average | a power function of relative width {width:g}{made} |\n"
 
 
 def _place(uri: str | Directory) -> Directory:

@@ -34,16 +34,19 @@ def export(
     as_json: o.Json = False,
 ) -> None:
     """Make a bundle of a finished run with a moving average of another length, without training again."""
-    from diffusion_core.bundle import bundle_digest
+    from diffusion_core.bundle import bundle_digest, read_bundle_config
     from diffusion_core.training import posthoc
     from diffusion_core.training.run import RunDirectory
     from flows import find
 
     uri = posthoc.export(RunDirectory(find.run(run, _place(store))), sigma_rel, images_seen)
+    error = read_bundle_config(uri).ema_error
     if as_json:
-        print_json({"bundle_uri": uri, "digest": bundle_digest(uri)})
-    else:
-        typer.echo(uri)
+        print_json({"bundle_uri": uri, "digest": bundle_digest(uri), "ema_error": error})
+        return
+    typer.echo(uri)
+    if error is not None:
+        typer.echo(f"The profile of the average is made with an error of {100 * error:.1f} %.", err=True)
 
 
 def promote(

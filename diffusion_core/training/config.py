@@ -88,7 +88,10 @@ class TrainingConfig(Config):
     checkpoint_every_images: int = execution(50_000, ge=1, description="Images between two checkpoints.")
     keep_checkpoints: int = execution(3, ge=1, le=1000, description="Newest checkpoints to keep; older ones go.")
     ema_snapshot_every_images: int = execution(
-        100_000, ge=1, description="Moving average power only: images between two snapshots of the averages, at first."
+        100_000,
+        ge=1,
+        description="Moving average power only: images between two snapshots of the averages, at first. Where it is"
+        " changed in mid-run, those from before that are not on the new grid go.",
     )
     ema_keep_snapshots: int = execution(
         16,

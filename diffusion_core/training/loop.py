@@ -175,18 +175,21 @@ class _Loop:
         return _REASONS[self.decision.exchange(_REASONS.index(self._why_stop()))]
 
     def _do_what_is_due(self, before: int, after: int) -> None:
-        """Recording, preview and checkpoint, each when the count passes a multiple of its distance."""
+        """Snapshot, recording, checkpoint and preview, each when the count passes a multiple of its distance."""
 
         def due(distance: int) -> bool:
             return distance > 0 and before // distance < after // distance
 
+        # Before the checkpoint: a run that goes on from there does not come past this count again.
+        if due(snapshot_distance(self.config, after)):
+            self._check_finite()
+            if self.world.leads:
+                self._snapshot()
         saves = due(self.config.checkpoint_every_images) and after < self.config.target_images
         if saves or due(self.config.log_every_images):  # a checkpoint never cuts an interval in two
             self._record()
         if saves:
             self._save()
-        if due(snapshot_distance(self.config, after)) and self.world.leads:
-            self._snapshot()
         if due(self.config.preview_every_images) and after < self.config.target_images and self.world.leads:
             began = time.monotonic()
             self._recorder.image(f"preview-{after:09d}", self._preview())
@@ -232,7 +235,7 @@ class _Loop:
         self.progress.update(self.position.images_seen, loss=figures["loss"])
 
     def _check_finite(self) -> None:
-        """Stop before weights that are not numbers can reach a checkpoint. The norm is the same in all processes."""
+        """Stop before weights that are not numbers can be stored. The norm is the same in all processes."""
         norms = torch.stack(self.interval.norms).cpu()
         bad = torch.nonzero(~torch.isfinite(norms)).flatten().tolist()
         self.interval.checked = len(norms)

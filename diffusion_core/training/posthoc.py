@@ -2,11 +2,18 @@
 
 `snapshots/<images_seen>/` holds both averages of a run that keeps power-function ones, written like a checkpoint. They
 lie on a grid: at multiples of `ema_snapshot_every_images`, and where there would be more than `ema_keep_snapshots`, of
-twice that, and so on. Besides there is one wherever training ended with a bundle. So which snapshots there are, and
-what is made of them, follows from the images seen, however often the run was interrupted.
+twice that, and so on. Besides there is one wherever training ended with a bundle. So which snapshots there are follows
+from the images seen and from where training ended, however often the run was interrupted.
+
+An average is made of all the snapshots that there are up to its time. A run that goes on thins those of its earlier
+ends, and a distance that is changed in mid-run, to a shorter or a longer one, leaves of those from before only the ones
+on the new grid. What they are still good for is told by the error of the profile, which is known without training.
 """
 
 from __future__ import annotations
+
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 
@@ -23,8 +30,10 @@ from diffusion_core.training.checkpoint import (
 )
 from diffusion_core.training.config import EmaKind, TrainingConfig
 from diffusion_core.training.preview import preview
-from diffusion_core.training.profiles import gamma_of, reconstruction_weights
+from diffusion_core.training.profiles import gamma_of, reconstruction_error, reconstruction_weights
 from diffusion_core.training.run import RunDirectory, TrainSpec
+
+GREATEST_ERROR = 0.1  # of an average's profile, relative L2
 
 
 def snapshot_distance(config: TrainingConfig, images_seen: int) -> int:
@@ -40,7 +49,7 @@ def snapshot_distance(config: TrainingConfig, images_seen: int) -> int:
 def save_snapshot(run: RunDirectory, config: TrainingConfig, images_seen: int, averages: dict[str, Tensors]) -> None:
     """Store the averages, and delete the snapshots that are not on the grid any more."""
     distance = snapshot_distance(config, images_seen)
-    meta = {"distance": distance, "batch_size": config.batch_size, "sigma_rels": list(config.ema_sigma_rels)}
+    meta = {"sigma_rels": list(config.ema_sigma_rels)}
     save_checkpoint(run.snapshots, Checkpoint(images_seen, averages, meta))
     for earlier in checkpoints(run.snapshots):
         kept = on_grid(earlier, distance, config.batch_size) or run.bundle(earlier).exists(RECORD)
@@ -61,7 +70,7 @@ def export(run: RunDirectory, sigma_rel: float, images_seen: int | None = None) 
         images_seen: at which end of training; default: the last one.
 
     Raises:
-        UserError: the run keeps no power-function averages, or did not end there.
+        UserError: the run keeps no power-function averages, did not end there, or has too few snapshots for the width.
     """
     if not 0.01 <= sigma_rel <= 0.28:
         raise UserError(f"sigma_rel: {sigma_rel:g} is not accepted: it must be at least 0.01 and at most 0.28.")
@@ -70,8 +79,9 @@ def export(run: RunDirectory, sigma_rel: float, images_seen: int | None = None) 
     if place.exists(RECORD):
         return place.uri
     bundle = load_bundle(run.bundle(seen))
-    bundle.network.load_state_dict(reconstruct(run, sigma_rel, seen))
-    config = BundleConfig.model_validate({**dict(bundle.config), "ema_sigma_rel": sigma_rel})
+    weights, error = reconstruct(run, sigma_rel, seen)
+    bundle.network.load_state_dict(weights)
+    config = BundleConfig.model_validate({**dict(bundle.config), "ema_sigma_rel": sigma_rel, "ema_error": error})
     if config.network.kind == "classifier":  # its picture shows no samples
         save_bundle(place, config, bundle.network.state_dict(), run.bundle(seen).read(SAMPLES))
         return place.uri
@@ -90,22 +100,22 @@ def export(run: RunDirectory, sigma_rel: float, images_seen: int | None = None) 
     return place.uri
 
 
-def reconstruct(run: RunDirectory, sigma_rel: float, images_seen: int) -> Tensors:
-    """The average of relative width `sigma_rel` at `images_seen`, from the snapshots up to there.
+def reconstruct(run: RunDirectory, sigma_rel: float, images_seen: int) -> tuple[Tensors, float]:
+    """The average of relative width `sigma_rel` at `images_seen`, from all the snapshots up to there.
 
     Returns:
-        A state of the network, float32; summed in float64, with one earlier snapshot in memory at a time.
+        A state of the network, float32, summed in float64 with one earlier snapshot in memory at a time; and the
+        relative L2 error of its profile, from 0 to 0.1.
 
     Raises:
-        UserError: a snapshot is damaged.
+        UserError: the error would be greater, or a snapshot is damaged.
     """
     last = _read(run, images_seen)
-    distance, batch_size, widths = (last.meta[name] for name in ("distance", "batch_size", "sigma_rels"))
-    before = (seen for seen in checkpoints(run.snapshots) if seen < images_seen)
-    times = [*(seen for seen in before if on_grid(seen, distance, batch_size)), images_seen]
-    gammas = [gamma_of(width) for width in widths] * len(times)
-    ends = [time for time in times for _ in widths]
-    weights = iter(reconstruction_weights(gammas, ends, gamma_of(sigma_rel), images_seen).tolist())
+    times = [seen for seen in checkpoints(run.snapshots) if seen <= images_seen]
+    mixed, error = _mixture(times, last.meta["sigma_rels"], sigma_rel)
+    if error > GREATEST_ERROR:
+        raise UserError(_out_of_reach(times, last.meta["sigma_rels"], sigma_rel, error))
+    weights = iter(mixed)
     sums = {
         name: torch.zeros(x.shape, dtype=torch.float64)
         for name, x in last.parts["ema"].items()
@@ -117,7 +127,30 @@ def reconstruct(run: RunDirectory, sigma_rel: float, images_seen: int) -> Tensor
             weight = next(weights)
             for name, total in sums.items():
                 total.add_(parts[part][name].double(), alpha=weight)
-    return {name: sums[name].to(x.dtype) if name in sums else x for name, x in last.parts["ema"].items()}
+    return {name: sums[name].to(x.dtype) if name in sums else x for name, x in last.parts["ema"].items()}, error
+
+
+def _mixture(times: list[int], widths: list[float], sigma_rel: float) -> tuple[list[float], float]:
+    """The weight of each average of each snapshot in one of width `sigma_rel` at the last time; its profile's error."""
+    gammas = [gamma_of(width) for width in widths] * len(times)
+    ends = [time for time in times for _ in widths]
+    wanted = gamma_of(sigma_rel), times[-1]
+    weights = reconstruction_weights(gammas, ends, *wanted)
+    return weights.tolist(), reconstruction_error(weights, gammas, ends, *wanted)
+
+
+def _out_of_reach(times: list[int], widths: list[float], sigma_rel: float, error: float) -> str:
+    """What to say of a width that these snapshots do not make, with those that they do."""
+    candidates = sorted({*widths, *(step / 100 for step in range(1, 29))})
+    reached = [(width, _mixture(times, widths, width)[1] <= GREATEST_ERROR) for width in candidates]
+    spans = [[width for width, _ in span] for fits, span in groupby(reached, key=itemgetter(1)) if fits]
+    shown = " and ".join(f"{span[0]:g} to {span[-1]:g}" if len(span) > 1 else f"{span[0]:g}" for span in spans)
+    count = f"{len(times)} snapshot{'s' if len(times) > 1 else ''}"
+    return (
+        f"sigma_rel: {sigma_rel:g} is not accepted: the profile made of the {count} up to {times[-1]} images would be "
+        f"off by {100 * error:.0f} %, and at most {100 * GREATEST_ERROR:.0f} % is accepted; widths of {shown} can be "
+        "made; a shorter training.ema_snapshot_every_images makes more snapshots, up to training.ema_keep_snapshots."
+    )
 
 
 def _read(run: RunDirectory, images_seen: int) -> Checkpoint:

@@ -59,6 +59,7 @@ def noisy_images(process: GaussianProcess, images: np.ndarray, seed: int) -> byt
     """
     x0 = images_to_network(images)
     t = process.schedule.training_times(torch.linspace(0, 1, len(x0) + 1, dtype=torch.float64)[:-1])
+    t = t[torch.argsort(process.schedule.log_snr(t), descending=True, stable=True)]  # some schedules fall from t_max
     noise = KeyedNoise(seed, torch.arange(len(x0)), "preview").initial(x0.shape[1:], x0.device)
     x_t = process.q_sample(x0, t, noise)
     shown = x_t / x_t.flatten(1).abs().amax(dim=1).clamp(min=1.0).reshape(-1, 1, 1, 1)

@@ -72,3 +72,21 @@ def reconstruction_weights(
     system = np.block([[gram / np.outer(lengths, lengths), ones[:, None]], [ones[None], np.zeros((1, 1))]])
     right = np.append(aim / lengths, 1.0 / np.linalg.norm(1.0 / lengths))
     return np.linalg.lstsq(system, right, rcond=_RCOND)[0][:-1] / lengths
+
+
+def reconstruction_error(
+    weights: np.ndarray,
+    gammas: Sequence[float] | np.ndarray,
+    times: Sequence[float] | np.ndarray,
+    gamma: float,
+    time: float,
+) -> float:
+    """How far the profile that weights make is from the one wanted: L2 norm of the difference, over that of the latter.
+
+    Args:
+        weights: (N,) what `reconstruction_weights` made of the other arguments.
+    """
+    parts = np.append(gammas, gamma), np.append(times, time)
+    mixed = np.append(weights, -1.0)
+    gram = inner_products(*parts, *parts)
+    return math.sqrt(max(0.0, float(mixed @ gram @ mixed / gram[-1, -1])))

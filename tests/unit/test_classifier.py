@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from diffusion_core.bundle import bundle_digest, load_bundle, model_card, read_bundle_config
@@ -26,6 +28,7 @@ from diffusion_core.generation.plan import ShardTask
 from diffusion_core.generation.worker import Generator, ShardWorker
 from diffusion_core.networks import NoisyClassifier, NoisyClassifierConfig, UNet, build_network
 from diffusion_core.training import open_run, posthoc, train
+from diffusion_core.training.preview import noisy_images
 from flows import preflight
 from flows.settings import load_config
 from tests.toy_training import StopAt, assert_same_weights, losses, toy_dataset, toy_network, toy_spec
@@ -243,13 +246,26 @@ def test_a_run_learns_the_classes_from_noisy_images(classifier_run, dataset, tmp
     x0 = torch.tensor([30.0, 120.0, 210.0])[:, None, None, None].expand(3, 1, 8, 8) / 127.5 - 1
     x_t = bundle.process.q_sample(x0, 100, torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)))
     assert bundle.network(*bundle.process.network_inputs(x_t, 100)).argmax(dim=1).tolist() == [0, 1, 2]
-    spec = toy_spec(dataset, TINY, images=600, checkpoint_every_images=200, ema="power", **FEW)
+    spec = toy_spec(
+        dataset, TINY, images=600, checkpoint_every_images=200, ema="power", ema_snapshot_every_images=60, **FEW
+    )
     again = open_run(str(tmp_path), spec)
     stop = StopAt(240, "interrupted")
     train(spec, again, progress=stop, should_stop=stop)
     train(spec, again)
     assert_same_weights(again, classifier_run)
     assert isinstance(load_bundle(posthoc.export(again, 0.15)).network, NoisyClassifier)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "edm", "flow", "vp", "ve"])
+def test_its_picture_gets_noisier_image_by_image(kind):
+    """By what is left of a pattern: its correlation with each image, whatever that was scaled by to fit."""
+    pattern = 255 * np.random.default_rng(0).integers(0, 2, (40, 40, 1), np.uint8)
+    picture = noisy_images(GaussianProcess(make_schedule(kind), "x0"), np.stack([pattern] * 6), seed=0)
+    row = np.asarray(Image.open(io.BytesIO(picture)), np.float64)[:40]
+    cells = [row[:, 41 * index : 41 * index + 40] for index in range(6)]
+    left = np.array([np.corrcoef(cell.flatten(), pattern.flatten())[0, 1] for cell in cells])
+    assert left[0] > left[-1] + 0.2 and (np.diff(left) < 0.05).all(), left
 
 
 def test_it_steers_a_model_that_is_not_told_the_label(model_uri, classifier_uri):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 
@@ -12,9 +11,9 @@ import pytest
 import torch
 
 from diffusion_core.bundle import load_bundle, model_card, verify_bundle
-from diffusion_core.config import UserError
-from diffusion_core.training import TrainingConfig, open_run, train
-from diffusion_core.training.checkpoint import checkpoints
+from diffusion_core.config import UserError, digest
+from diffusion_core.training import TrainingConfig, loop, open_run, train
+from diffusion_core.training.checkpoint import checkpoints, read_checkpoint
 from diffusion_core.training.ema import Ema
 from diffusion_core.training.learner import Learner
 from diffusion_core.training.posthoc import export, on_grid, reconstruct, snapshot_distance
@@ -22,9 +21,11 @@ from diffusion_core.training.profiles import (
     gamma_of,
     inner_products,
     power_decay,
+    reconstruction_error,
     reconstruction_weights,
     sigma_rel_of,
 )
+from flows.settings import load_config
 from tests.toy_training import StopAt, assert_same_weights, toy_dataset, toy_spec
 
 WIDTHS = (0.05, 0.1)
@@ -86,6 +87,20 @@ def test_weights_are_the_least_squares_of_sampled_profiles(width):
     assert weights.sum() == pytest.approx(1, abs=1e-12)
 
 
+@pytest.mark.parametrize(("count", "width"), [(1, 0.15), (1, 0.2), (1, 0.28), (16, 0.01), (16, 0.15), (16, 0.28)])
+def test_the_error_is_that_of_sampled_profiles(count, width):
+    times = [t for t in range(1, count + 1) for _ in WIDTHS]
+    gammas = [gamma_of(w) for w in WIDTHS] * count
+    tau = (np.arange(40_000) + 0.5) / 40_000 * count
+    wanted = profile(gamma_of(width), count, tau)
+    weights = reconstruction_weights(gammas, times, gamma_of(width), count)
+    made = sum(w * profile(g, t, tau) for w, g, t in zip(weights, gammas, times, strict=True))
+    error = reconstruction_error(weights, gammas, times, gamma_of(width), count)
+    assert error == pytest.approx(np.linalg.norm(made - wanted) / np.linalg.norm(wanted), rel=1e-3)
+    known = {(1, 0.15): 0.25, (1, 0.28): 1.36, (16, 0.15): 0.009, (16, 0.28): 0.21}
+    assert error == pytest.approx(known.get((count, width), error), rel=0.03)
+
+
 def test_a_stored_average_is_given_back_as_it_is():
     times = [t for t in (100, 200, 300) for _ in WIDTHS]
     gammas = [gamma_of(w) for w in WIDTHS] * 3
@@ -120,14 +135,17 @@ class CrashError(Exception):
     pass
 
 
-def crash_after(steps):
-    count = itertools.count(1)
+class CrashAt:
+    """Progress that ends the training hard once so many images are seen."""
 
-    def should_stop():
-        if next(count) > steps:
+    total: float | None = None
+
+    def __init__(self, images_seen):
+        self.images_seen = images_seen
+
+    def update(self, done, **figures):
+        if done >= self.images_seen:
             raise CrashError
-
-    return should_stop
 
 
 def power_spec(dataset, **changes):
@@ -156,7 +174,7 @@ def finished(dataset, tmp_path_factory):
     class Watching(Learner):
         def step(self, images_seen, *rest):
             if not tracked:
-                tracked.update({width: Ema(self.network, self.config, width) for width in (0.03, 0.07, 0.15, 0.25)})
+                tracked.update({width: Ema(self.network, self.config, width) for width in (0.03, 0.07, 0.15, 0.22)})
             answer = super().step(images_seen, *rest)
             for average in tracked.values():
                 average.update(images_seen)
@@ -176,12 +194,12 @@ def test_there_are_at_most_so_many_snapshots(finished):
     assert checkpoints(finished[0].snapshots) == list(range(20, 201, 20))
 
 
-@pytest.mark.parametrize(("width", "error"), [(0.03, 0.05), (0.07, 0.005), (0.15, 0.005), (0.25, 0.06)])
+@pytest.mark.parametrize(("width", "error"), [(0.03, 0.05), (0.07, 0.005), (0.15, 0.005), (0.22, 0.06)])
 def test_an_average_of_another_width_is_made_to_a_small_error(finished, width, error):
     """Of the way that the weights went: between the widths kept and near them to half a percent, with ten snapshots."""
     run, tracked = finished
-    true, made = flat(tracked[width].network.state_dict()), flat(reconstruct(run, width, 200))
-    other = flat(tracked[0.25 if width < 0.2 else 0.03].network.state_dict())
+    true, made = flat(tracked[width].network.state_dict()), flat(reconstruct(run, width, 200)[0])
+    other = flat(tracked[0.22 if width < 0.2 else 0.03].network.state_dict())
     assert (made - true).norm() < error * (other - true).norm()
 
 
@@ -190,15 +208,16 @@ def test_a_tracked_average_is_given_back(finished, part, width):
     from tests.toy_training import weights
 
     stored = {name.partition("/")[2]: x for name, x in weights(finished[0]).items() if name.startswith(f"{part}/")}
-    made = reconstruct(finished[0], width, 200)
+    made, off = reconstruct(finished[0], width, 200)
+    assert off < 1e-6
     assert made.keys() == stored.keys()
     for name, tensor in stored.items():
         torch.testing.assert_close(made[name], tensor, rtol=1e-6, atol=1e-7)
 
 
 def assert_same_average(run, other):
-    made, expected = reconstruct(run, 0.2, 200), reconstruct(other, 0.2, 200)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in made.items())
+    (made, error), (expected, same) = reconstruct(run, 0.2, 200), reconstruct(other, 0.2, 200)
+    assert error == same and all(torch.equal(tensor, expected[name]) for name, tensor in made.items())
 
 
 def test_an_interrupted_run_makes_the_same_averages(finished, dataset, tmp_path):
@@ -206,11 +225,48 @@ def test_an_interrupted_run_makes_the_same_averages(finished, dataset, tmp_path)
     spec = power_spec(dataset)
     run = open_run(str(tmp_path), spec)
     with pytest.raises(CrashError):
-        train(spec, run, should_stop=crash_after(13))
+        train(spec, run, progress=CrashAt(130))
+    assert checkpoints(run.checkpoints) == [100] and checkpoints(run.snapshots) == list(range(10, 121, 10))
     train(spec, run)
     assert_same_weights(run, finished[0])
     assert checkpoints(run.snapshots) == checkpoints(finished[0].snapshots)
     assert_same_average(run, finished[0])
+
+
+@pytest.mark.parametrize(("name", "left"), [("save_snapshot", []), ("save_checkpoint", [100])])
+def test_a_crash_between_snapshot_and_checkpoint_loses_neither(finished, dataset, tmp_path, monkeypatch, name, left):
+    """Both are due at 100: what comes past it again takes the snapshot, whichever of them was cut short."""
+    spec = power_spec(dataset)
+    run = open_run(str(tmp_path), spec)
+
+    def crash(*arguments):
+        if getattr(arguments[1], "images_seen", arguments[-2]) == 100:
+            raise CrashError
+        original(*arguments)
+
+    original = getattr(loop, name)
+    with monkeypatch.context() as patch, pytest.raises(CrashError):
+        patch.setattr(loop, name, crash)
+        train(spec, run)
+    assert checkpoints(run.checkpoints) == [] and checkpoints(run.snapshots) == [*range(10, 100, 10), *left]
+    train(spec, run)
+    assert_same_weights(run, finished[0])
+    assert checkpoints(run.snapshots) == checkpoints(finished[0].snapshots)
+    assert_same_average(run, finished[0])
+
+
+def test_weights_that_are_not_numbers_reach_no_snapshot(dataset, tmp_path, monkeypatch):
+    class Diverging(Learner):
+        def step(self, images_seen, *rest):
+            loss, norm = super().step(images_seen, *rest)
+            return loss, norm * (math.nan if images_seen == 50 else 1.0)
+
+    monkeypatch.setattr(loop, "Learner", Diverging)
+    spec = power_spec(dataset, log_every_images=200)
+    run = open_run(str(tmp_path), spec)
+    with pytest.raises(loop.DivergedError, match="no longer finite after 50 images"):
+        train(spec, run)
+    assert checkpoints(run.snapshots) == [10, 20, 30, 40]
 
 
 def test_a_longer_training_makes_what_it_would_have_made_at_once(finished, dataset, tmp_path):
@@ -222,9 +278,23 @@ def test_a_longer_training_makes_what_it_would_have_made_at_once(finished, datas
     stop = StopAt(170, "interrupted")
     train(longer, run, progress=stop, should_stop=stop)
     train(longer, run)
-    assert set(checkpoints(run.snapshots)) == {*checkpoints(finished[0].snapshots), 110}
-    assert_same_average(run, finished[0])
-    assert load_bundle(export(run, 0.2, 110)).config.images_seen == 110
+    at_once = checkpoints(finished[0].snapshots)
+    assert set(checkpoints(run.snapshots)) == {*at_once, 110}
+    for seen in at_once:
+        ours, theirs = (read_checkpoint(one.snapshots, seen).parts for one in (run, finished[0]))
+        assert all(torch.equal(x, theirs[part][name]) for part in ours for name, x in ours[part].items())
+    assert reconstruct(run, 0.2, 200)[1] < reconstruct(finished[0], 0.2, 200)[1], "the earlier end is a snapshot more"
+    assert load_bundle(export(run, 0.15, 110)).config.images_seen == 110
+
+
+def test_an_earlier_end_is_judged_by_what_is_left_of_its_snapshots(dataset, tmp_path):
+    run = open_run(str(tmp_path), power_spec(dataset, images=110))
+    train(power_spec(dataset, images=110), run)
+    before = reconstruct(run, 0.2, 110)[1]
+    train(power_spec(dataset), run)
+    assert before < 0.1 and checkpoints(run.snapshots)[:6] == [20, 40, 60, 80, 100, 110]
+    with pytest.raises(UserError, match=r"the 6 snapshots up to 110 images would be off by 1\d %"):
+        reconstruct(run, 0.2, 110)
 
 
 def test_the_bundle_holds_the_first_average_and_another_is_exported(finished):
@@ -235,9 +305,12 @@ def test_the_bundle_holds_the_first_average_and_another_is_exported(finished):
     assert uri == f"{run.bundle(200).uri}-0.15" and export(run, 0.15) == uri
     made = load_bundle(uri)
     assert verify_bundle(uri) == made.digest != first.digest
-    assert made.config == first.config.model_copy(update={"ema_sigma_rel": 0.15})
-    assert "a power function of relative width 0.15" in model_card(made.config)
-    for name, tensor in reconstruct(run, 0.15, 200).items():
+    weights, error = reconstruct(run, 0.15, 200)
+    assert first.config.ema_error is None and 0.01 < error < 0.03
+    assert made.config == first.config.model_copy(update={"ema_sigma_rel": 0.15, "ema_error": error})
+    assert digest(made.config) == digest(made.config.model_copy(update={"ema_error": None})), "not part of any id"
+    assert "of relative width 0.15, made of snapshots with an error of 2.2 % |" in model_card(made.config)
+    for name, tensor in weights.items():
         assert torch.equal(made.network.state_dict()[name], tensor)
 
 
@@ -248,6 +321,12 @@ def test_the_command_exports_it(finished, capsys):
     assert main(["export", run.run_id, "--sigma-rel", "0.2", "--store", store, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["bundle_uri"] == f"{run.bundle(200).uri}-0.2" and said["digest"] == verify_bundle(said["bundle_uri"])
+    assert said["ema_error"] == reconstruct(run, 0.2, 200)[1]
+    assert main(["export", run.run_id, "--sigma-rel", "0.2", "--store", store]) == 0
+    assert capsys.readouterr() == (
+        f"{said['bundle_uri']}\n",
+        "The profile of the average is made with an error of 5.3 %.\n",
+    )
     assert main(["export", "nothing", "--sigma-rel", "0.2", "--store", store]) == 2
     assert f"There is no run nothing; the runs of the store {store} are: {run.run_id}." in capsys.readouterr().err
 
@@ -263,6 +342,17 @@ def test_what_cannot_be_made_is_told(finished, dataset, tmp_path):
         export(finished[0], 0.1, 190)
     with pytest.raises(UserError, match=r"sigma_rel: 0\.5 is not accepted"):
         export(finished[0], 0.5)
+    reach = (
+        r"the 10 snapshots up to 200 images would be off by 30 %, .* widths of 0\.03 to 0\.23 can be made; a shorter"
+    )
+    with pytest.raises(UserError, match=reach):
+        export(finished[0], 0.28)
+    assert not (finished[0].directory / "bundles/200-0.28").exists("bundle.json")
+
+
+def test_the_digits_are_trained_long_enough_for_sixteen_snapshots():
+    training = load_config("digits", settings=["training.ema=power"]).training
+    assert snapshot_distance(training, training.images) * 16 == training.images
 
 
 def test_a_damaged_snapshot_is_named(finished, tmp_path):
