@@ -22,6 +22,7 @@ STAGES = (
     pipeline.train_model,
     pipeline.evaluate_model,
     pipeline.compare_samplers,
+    pipeline.export_average,
     pipeline.generate_images,
 )
 

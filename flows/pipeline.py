@@ -6,11 +6,14 @@ running a finished one is quick. The flows know requests and results, and nothin
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from prefect import flow
+from pydantic import Field
 
 from diffusion_core.jobs import requests as r
 from diffusion_core.jobs.backend import BackendConfig
-from flows import artifacts, preflight
+from flows import artifacts, find, preflight
 from flows.config import PipelineConfig
 from flows.results import PipelineResult
 from flows.tasks import Stages
@@ -68,6 +71,20 @@ def compare_samplers(request: r.CompareRequest, backend: BackendConfig = LOCAL) 
     """Measure samplers of one model against each other: quality of the images against network evaluations."""
     preflight.check_compare(request, backend)
     return Stages(backend).compare(request)
+
+
+@flow(name="export-average", persist_result=False)
+def export_average(
+    run: Annotated[str, Field(description="Run, by its id or URI, that was trained with training.ema=power.")],
+    sigma_rel: Annotated[float, Field(ge=0.01, le=0.28, description="Relative width of the average.")],
+    store: Annotated[str, Field(description="Root of the store: a folder or s3://bucket/prefix.")],
+    images_seen: Annotated[int | None, Field(ge=1, description="At which end of training; default: the last.")] = None,
+) -> str:
+    """Make a bundle of a finished run with a moving average of another length, without training again; its URI."""
+    from diffusion_core.training import posthoc
+    from diffusion_core.training.run import RunDirectory
+
+    return posthoc.export(RunDirectory(find.run(run, store)), sigma_rel, images_seen)
 
 
 @flow(name="generate-images")

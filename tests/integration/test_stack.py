@@ -29,6 +29,7 @@ DEPLOYMENTS = {
     "train-model/train-model",
     "evaluate-model/evaluate-model",
     "compare-samplers/compare-samplers",
+    "export-average/export-average",
     "generate-images/generate-images",
     "diffusion-pipeline/digits",
     "diffusion-pipeline/fashion-mnist",

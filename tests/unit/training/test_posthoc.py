@@ -315,6 +315,7 @@ def test_the_bundle_holds_the_first_average_and_another_is_exported(finished):
 
 
 def test_the_command_exports_it(finished, capsys):
+    from flows import pipeline
     from flows.cli import main
 
     run, store = finished[0], finished[0].directory.uri.rpartition("/runs/")[0]
@@ -327,6 +328,9 @@ def test_the_command_exports_it(finished, capsys):
         f"{said['bundle_uri']}\n",
         "The profile of the average is made with an error of 5.3 %.\n",
     )
+    assert pipeline.export_average.fn(run.run_id, 0.2, store) == said["bundle_uri"]
+    schema = pipeline.export_average.parameters.model_dump()
+    assert schema["properties"]["sigma_rel"]["maximum"] == 0.28 and "images_seen" not in schema["required"]
     assert main(["export", "nothing", "--sigma-rel", "0.2", "--store", store]) == 2
     assert f"There is no run nothing; the runs of the store {store} are: {run.run_id}." in capsys.readouterr().err
 
