@@ -69,7 +69,10 @@ class Objective:
                 losses = losses * self.weight(t).to(losses)
         if self.config.loss is LossKind.HYBRID:  # eq. 16 of Nichol & Dhariwal 2021, whose mean learns from `simple`
             losses = losses + self.config.bound_weight * self._bound(x0, x_t, t, prediction.detach(), fraction)
-        return losses if self._importance is None else losses * self._importance.to(t.device)[t].to(losses)
+        if self._importance is None:
+            return losses
+        self._importance = self._importance.to(t.device)  # once, and not at every step
+        return losses * self._importance[t].to(losses)
 
     def weight(self, t: Tensor) -> Tensor:
         """What the squared error of the network's output is multiplied by at times (N,), float64.
@@ -110,9 +113,12 @@ def training_times(process: ProcessConfig, objective: ObjectiveConfig) -> Callab
     if objective.times is TimeDraw.IMPORTANCE:
         probabilities = timestep_probabilities(objective.importance, process.timesteps)
         ends = torch.tensor(probabilities, dtype=torch.float64).cumsum(0)
+        total = float(ends[-1])
 
         def importance(uniform: Tensor) -> Tensor:
-            at = torch.searchsorted(ends.to(uniform.device), uniform.double() * ends[-1].item(), right=True)
+            nonlocal ends
+            ends = ends.to(uniform.device)  # once, and not at every step
+            at = torch.searchsorted(ends, uniform.double() * total, right=True)
             return at.clamp_(max=process.timesteps - 1)
 
         return importance
