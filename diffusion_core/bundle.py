@@ -157,6 +157,7 @@ def read_bundle_config(uri: str | Directory) -> BundleConfig:
 
 
 def check_guide(
+    name: str,
     field: str,
     guide: BundleConfig,
     process: ProcessConfig,
@@ -166,7 +167,8 @@ def check_guide(
     """A bundle can guide a model, as a weaker model of the same images or as a classifier of the same noisy images.
 
     Args:
-        field: path of the field that names it, for the message; its last part is guide or classifier.
+        name: guide or classifier, as in `GuidanceConfig`.
+        field: path of the guidance, for the message.
         guide: configuration of the guiding bundle.
         process, image_shape, class_names: of the model that it guides; None where that is not known yet.
 
@@ -174,16 +176,16 @@ def check_guide(
         UserError: the kind of network, the process, the image shape or the classes do not fit; a guide without classes
             suits every model.
     """
-    classifies = field.endswith("classifier")
+    classifies, field = name == "classifier", f"{field}.{name}"
     if (guide.network.kind == "classifier") != classifies:
         wanted = "classifier (network.kind)" if classifies else "model of images"
         raise UserError(f"{field}: that model is no {wanted}, but of the kind {guide.network.kind}.")
     free = ("variance", "prediction", "sigma_data") if classifies else ()
-    for name in ProcessConfig.model_fields:
-        theirs, ours = getattr(guide.process, name), getattr(process, name)
-        if theirs != ours and name not in free:
+    for part in ProcessConfig.model_fields:
+        theirs, ours = getattr(guide.process, part), getattr(process, part)
+        if theirs != ours and part not in free:
             raise UserError(
-                f"{field}: that model has process.{name} = {theirs}, and the one that it guides has {ours}."
+                f"{field}: that model has process.{part} = {theirs}, and the one that it guides has {ours}."
             )
     if image_shape is not None and guide.image_shape != tuple(image_shape):
         shapes = ["x".join(map(str, shape)) for shape in (guide.image_shape, image_shape)]

@@ -243,7 +243,7 @@ def check_guidance(
         from diffusion_core.bundle import check_guide, read_bundle_config
 
         guide = read_bundle_config(bundle_of(reference, store))
-        check_guide(f"{field}.{name}", guide, process, image_shape, class_names)
+        check_guide(name, field, guide, process, image_shape, class_names)
 
 
 def check_unmoved(field: str, reference: str | None, model: str) -> None:

@@ -358,7 +358,7 @@ def _guides(bundle: BundleConfig, config: GenerationConfig) -> dict[str, dict[st
     found = {}
     for name, uri in config.guidance.models.items():
         guide = read_bundle_config(uri)
-        check_guide(f"generation.guidance.{name}", guide, bundle.process, bundle.image_shape, bundle.class_names)
+        check_guide(name, "generation.guidance", guide, bundle.process, bundle.image_shape, bundle.class_names)
         found[name] = {"digest": bundle_digest(uri), "run_id": guide.run_id}
     return found
 

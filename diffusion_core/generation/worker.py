@@ -71,7 +71,7 @@ class Generator:
         if uri is None:
             return None
         guide, ours = load_bundle(uri, self.device), self.bundle.config
-        check_guide(f"generation.guidance.{name}", guide.config, ours.process, ours.image_shape, ours.class_names)
+        check_guide(name, "generation.guidance", guide.config, ours.process, ours.image_shape, ours.class_names)
         guide.network.to(memory_format=self._layout)  # type: ignore[call-overload]
         return _Watched(guide.network, precision, self.device, self._layout), guide.process
 
