@@ -83,12 +83,13 @@ class Api:
     def __init__(self, url: str) -> None:
         self._url = url
 
-    def __call__(self, path: str, body: dict[str, Any] | None = None) -> Any:
+    def __call__(self, path: str, body: Any = None, method: str | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self._url}/api/{path}", data, {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self._url}/api/{path}", data, headers, method=method)
         for attempt in Retrying(retry=retry_if_exception(_is_busy), stop=stop_after_delay(60), wait=wait_fixed(1)):
             with attempt, urllib.request.urlopen(request, timeout=30) as answer:
-                return json.loads(answer.read())
+                return json.loads(answer.read() or "null")
 
 
 def _is_busy(error: BaseException) -> bool:
@@ -137,6 +138,8 @@ def test_up_cancel_down(stack: dict[str, dict[str, Any]], store: str) -> None:
     served = wait_for(lambda: _all_deployments(api), "the deployments")
     assert served["diffusion-pipeline/digits"]["parameters"]["config"]["network"]["channel_multipliers"] == [1, 2]
 
+    _check_that_schedules_make_runs(api, served["diffusion-pipeline/digits"]["id"])
+
     request = train_request(store)
     parameters = {"request": request.model_dump(mode="json")}
     deployment = served["train-model/train-model"]["id"]
@@ -156,6 +159,17 @@ def test_up_cancel_down(stack: dict[str, dict[str, Any]], store: str) -> None:
     assert {service["name"] for service in ended} == set(stack)
     assert not any(alive(service["pid"]) for service in stack.values())
     assert diffusion("stack", "status", "--store", store) == []
+
+
+def _check_that_schedules_make_runs(api: Api, deployment: str) -> None:
+    """A schedule that begins far from now, so that its runs are made and none of them starts."""
+    later = {"interval": 3600, "anchor_date": "2020-01-01T00:30:00Z", "timezone": "UTC"}
+    schedule = api(f"deployments/{deployment}/schedules", [{"active": True, "schedule": later}])[0]
+    ours = {"flow_runs": {"deployment_id": {"any_": [deployment]}, "state": {"type": {"any_": ["SCHEDULED"]}}}}
+    runs = wait_for(lambda: api("flow_runs/filter", ours), "runs of the schedule", 120)
+    assert all(run["auto_scheduled"] and run["created_by"]["type"] == "SCHEDULE" for run in runs)
+    api(f"deployments/{deployment}/schedules/{schedule['id']}", method="DELETE")
+    wait_for(lambda: not api("flow_runs/filter", ours), "the end of the scheduled runs")
 
 
 def _all_deployments(api: Api) -> dict[str, Any] | None:
