@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 from diffusion_core.config import Config, UserError, digest, execution, explain, identity, later
 from diffusion_core.diffusion.config import ProcessConfig
 from diffusion_core.networks.config import NetworkConfig
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -15,7 +15,7 @@ from diffusion_core.jobs.requests import (
     ShardResult,
     TrainResult,
 )
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from flows import results
 from flows.results import PipelineResult, Rows
 

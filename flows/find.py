@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from diffusion_core.bundle import RECORD, BundleConfig, read_bundle_config
 from diffusion_core.config import UserError
 from diffusion_core.jobs.requests import RegisterRequest
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from flows.config import PipelineConfig
 
 MANIFEST = "manifest.json"

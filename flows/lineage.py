@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_core.bundle import RECORD, bundle_digest, read_bundle_config, verify_bundle
 from diffusion_core.config import UserError
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from flows import find
 
 if TYPE_CHECKING:

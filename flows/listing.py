@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from diffusion_core.bundle import RECORD
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from flows.find import MANIFEST
 
 Row = dict[str, Any]

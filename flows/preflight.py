@@ -34,7 +34,7 @@ from diffusion_core.jobs.requests import (
     TrainRequest,
 )
 from diffusion_core.networks.config import NetworkConfig, check_image_size
-from diffusion_core.storage import Directory, check_reachable
+from diffusion_core.store import Directory, check_reachable
 from diffusion_core.tracking import tracking_uri
 from flows.config import PipelineConfig
 

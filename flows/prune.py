@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from diffusion_core.bundle import RECORD, read_bundle_config
 from diffusion_core.config import UserError
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from flows import listing
 from flows.find import MANIFEST
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from diffusion_core.data import Batch, write_dataset
 from diffusion_core.networks.config import NetworkConfig, UNetConfig
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from diffusion_core.training.checkpoint import load_newest
 from diffusion_core.training.config import TrainingConfig
 from diffusion_core.training.run import RunDirectory, TrainSpec

@@ -16,7 +16,7 @@ from diffusion_core.config import digest
 from diffusion_core.data.config import DatasetConfig
 from diffusion_core.data.sources import Source
 from diffusion_core.data.sources.listing import SourceFile
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 
 CACHE = "source-hashes.parquet"
 _SCHEMA = pa.schema(

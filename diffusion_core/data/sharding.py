@@ -21,7 +21,7 @@ from diffusion_core.data.shards import SPLITS, Batch, ImageDataset, Record, Shap
 from diffusion_core.data.sources import Item, Reader, Scan
 from diffusion_core.data.spool import WORK, read_spool
 from diffusion_core.data.transforms import RejectedItem, Transform, image_size
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 
 KILLED = "its decoder crashed: the process that read it died, at every attempt"
 

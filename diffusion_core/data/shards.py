@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from diffusion_core.config import UserError, digest
 from diffusion_core.data.config import DatasetConfig
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 
 SCHEMA_VERSION = 1
 MANIFEST, REJECTED = "manifest.json", "rejected.parquet"

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from diffusion_core.data.sources import Item
 from diffusion_core.data.transforms import RejectedItem
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 
 if TYPE_CHECKING:
     from diffusion_core.data.sharding import Plan

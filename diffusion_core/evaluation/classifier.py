@@ -22,7 +22,7 @@ from diffusion_core.data.shards import Batch, ImageDataset
 from diffusion_core.evaluation.config import ClassifierConfig
 from diffusion_core.evaluation.identity import classifier_identity
 from diffusion_core.progress import Progress
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 
 LARGEST_SIDE = 64  # larger images are averaged down before the network sees them
 _WEIGHTS, _RECORD = "model.safetensors", "extractor.json"

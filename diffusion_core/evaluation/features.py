@@ -14,7 +14,7 @@ from diffusion_core.data.shards import ImageDataset
 from diffusion_core.evaluation.config import EvaluationConfig, Extractor
 from diffusion_core.evaluation.distances import GaussianStatistics
 from diffusion_core.progress import Progress
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 
 _ALGORITHM = 1  # raised when the reference is computed differently
 

@@ -35,7 +35,7 @@ from diffusion_core.generation.formats import ShardContent, data_keys, decode, e
 from diffusion_core.generation.labels import Labels, resolve_labels
 from diffusion_core.generation.plan import SCHEMA_VERSION, Extension, Range, Shard, extend, look, read_extensions
 from diffusion_core.generation.sheet import choose_images, contact_sheet
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 
 SET, LABELS, SHEET, FAILED = "set.json", "labels.parquet", "contact-sheet.png", "failed.parquet"
 PARALLEL_REQUESTS = 16

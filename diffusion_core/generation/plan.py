@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 
 SCHEMA_VERSION = 1
 

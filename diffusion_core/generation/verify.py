@@ -11,7 +11,7 @@ import numpy as np
 from diffusion_core.generation.formats import ShardContent, data_digest, data_keys, decode, pixel_digest
 from diffusion_core.generation.imageset import ImageSet
 from diffusion_core.generation.plan import Extension, Shard, read_extensions
-from diffusion_core.patience import StoreUnavailable
+from diffusion_core.store.patience import StoreUnavailable
 
 
 def verify(images: ImageSet) -> Iterator[str]:

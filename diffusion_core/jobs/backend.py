@@ -33,9 +33,9 @@ from diffusion_core.config import Config, UserError, execution
 from diffusion_core.jobs.log import LOG, KeptLog
 from diffusion_core.jobs.protocol import ERROR, EXIT_USER_ERROR, RESULT
 from diffusion_core.jobs.requests import Request, Result
-from diffusion_core.patience import EXIT_STORE_AWAY, StoreUnavailable
 from diffusion_core.progress import ProgressEvent, parse_progress
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
+from diffusion_core.store.patience import EXIT_STORE_AWAY, StoreUnavailable
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient

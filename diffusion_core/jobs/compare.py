@@ -38,9 +38,9 @@ from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.requests import CompareRequest, CompareResult, Resources
 from diffusion_core.jobs.rows import WorkersDied, on_cluster
 from diffusion_core.jobs.tally import tallied
-from diffusion_core.jobs.turns import one_at_a_time
 from diffusion_core.progress import Progress
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
+from diffusion_core.store.turns import one_at_a_time
 
 if TYPE_CHECKING:
     from diffusion_core.evaluation.features import Reference

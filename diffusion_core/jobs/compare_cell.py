@@ -20,7 +20,7 @@ from diffusion_core.evaluation.report import brief_figures
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.generation.labels import Labels
 from diffusion_core.generation.worker import Generator, NonFiniteImages
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 
 TOLD_EVERY_S = 1.0
 _BLOCK = 1024  # images, about, that are in memory at a time

@@ -19,8 +19,8 @@ from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.jobs.guide import guide_digests, with_guides_found
 from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.requests import EvaluateRequest, EvaluateResult, Resources
-from diffusion_core.jobs.turns import one_at_a_time
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
+from diffusion_core.store.turns import one_at_a_time
 
 if TYPE_CHECKING:
     import numpy as np

@@ -31,10 +31,10 @@ from diffusion_core.jobs.guide import with_guides_found
 from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.requests import GenerateRequest, GenerateResult, Resources
 from diffusion_core.jobs.tally import Tally, tallied
-from diffusion_core.jobs.turns import one_at_a_time
-from diffusion_core.patience import StoreUnavailable
 from diffusion_core.progress import Progress
-from diffusion_core.storage import StoreFull
+from diffusion_core.store import StoreFull
+from diffusion_core.store.patience import StoreUnavailable
+from diffusion_core.store.turns import one_at_a_time
 
 BLOCKS_PER_WORKER = 8
 DIED = "the worker process died while it made this shard (killed, out of memory, or a crash in native code)"

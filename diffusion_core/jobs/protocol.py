@@ -16,8 +16,8 @@ from pydantic import ValidationError
 
 from diffusion_core.config import UserError, explain
 from diffusion_core.jobs.requests import Request, Result
-from diffusion_core.patience import EXIT_STORE_AWAY, StoreUnavailable
-from diffusion_core.storage import Directory, StoreFull
+from diffusion_core.store import Directory, StoreFull
+from diffusion_core.store.patience import EXIT_STORE_AWAY, StoreUnavailable
 
 RequestT = TypeVar("RequestT", bound=Request)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from diffusion_core.bundle import read_bundle_config
 from diffusion_core.config import UserError
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from diffusion_core.training.recorder import kept_figures, kept_pictures
 from diffusion_core.training.run import RunDirectory, TrainSpec
 

@@ -20,9 +20,9 @@ from diffusion_core.jobs.evaluate import Evaluation, check_comparable, evaluate,
 from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.record import mlflow_run_of
 from diffusion_core.jobs.requests import RegisterRequest, RegisterResult
-from diffusion_core.jobs.turns import Waiting
-from diffusion_core.lease import Lease, acquire
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
+from diffusion_core.store.lease import Lease, acquire
+from diffusion_core.store.turns import Waiting
 
 _ATTEMPTS = 3
 

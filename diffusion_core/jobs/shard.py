@@ -43,10 +43,10 @@ from diffusion_core.jobs.cluster import ray_session
 from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.requests import Resources, ShardRequest, ShardResult
 from diffusion_core.jobs.rows import WorkersDied, on_cluster, survives
-from diffusion_core.jobs.turns import one_at_a_time
-from diffusion_core.patience import StoreUnavailable
 from diffusion_core.progress import Progress
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
+from diffusion_core.store.patience import StoreUnavailable
+from diffusion_core.store.turns import one_at_a_time
 
 HASH_HERE_BYTES, HASH_HERE_FILES = 2 << 30, 20_000  # more than that is hashed by the cluster
 _FILES_A_TASK = 500

@@ -24,9 +24,9 @@ from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.record import record_afterwards, recorded_mlflow_run
 from diffusion_core.jobs.requests import Resources, TrainRequest, TrainResult
 from diffusion_core.jobs.train_worker import PROGRESS, recorded_error, stop_key, work
-from diffusion_core.lease import FAILED, Held, Lease, claim
-from diffusion_core.patience import StoreUnavailable, patience
 from diffusion_core.progress import Progress
+from diffusion_core.store.lease import FAILED, Held, Lease, claim
+from diffusion_core.store.patience import StoreUnavailable, patience
 from diffusion_core.training.run import INTERRUPTED, RunDirectory, TrainOutcome, TrainSpec, open_run
 
 logger = logging.getLogger(__name__)

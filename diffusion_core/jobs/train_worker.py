@@ -15,8 +15,8 @@ from typing import Any
 
 from diffusion_core.config import UserError
 from diffusion_core.jobs.record import open_recorder
-from diffusion_core.patience import patience
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
+from diffusion_core.store.patience import patience
 from diffusion_core.training.run import INTERRUPTED, RunDirectory, TrainSpec
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_core.bundle import RECORD, bundle_digest
 from diffusion_core.config import UserError
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from diffusion_core.tracking.connection import all_pages, client, directory, tracking_uri
 
 if TYPE_CHECKING:

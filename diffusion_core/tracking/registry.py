@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import diffusion_core
 from diffusion_core.bundle import RECORD, BundleConfig, bundle_digest, read_bundle_config
 from diffusion_core.config import Config, UserError
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from diffusion_core.tracking.connection import all_pages, client, without_secrets
 from diffusion_core.tracking.models import find_version, model_aliases, model_versions
 from diffusion_core.tracking.runs import existing_run

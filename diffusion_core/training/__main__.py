@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from diffusion_core.config import UserError, explain
-from diffusion_core.lease import FAILED, OK, Held, Lease, acquire
-from diffusion_core.patience import EXIT_STORE_AWAY, StoreUnavailable, patience
 from diffusion_core.progress import Progress, parse_progress
+from diffusion_core.store.lease import FAILED, OK, Held, Lease, acquire
+from diffusion_core.store.patience import EXIT_STORE_AWAY, StoreUnavailable, patience
 from diffusion_core.training.run import INTERRUPTED, RunDirectory, TrainOutcome, TrainSpec, open_run
 
 if TYPE_CHECKING:

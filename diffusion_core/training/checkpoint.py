@@ -16,7 +16,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 
 logger = logging.getLogger(__name__)
 

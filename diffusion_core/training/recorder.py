@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Protocol
 
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 
 
 class Recorder(Protocol):

@@ -19,7 +19,7 @@ from diffusion_core.config import Config, UserError, digest, execution, identity
 from diffusion_core.diffusion.config import ProcessConfig
 from diffusion_core.diffusion.objective_config import ObjectiveConfig, check_objective
 from diffusion_core.networks.config import NetworkConfig, UNetConfig, check_image_size
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from diffusion_core.training.config import TrainingConfig
 from diffusion_core.version import code_version
 

@@ -14,7 +14,7 @@ from diffusion_core.generation.plan import Shard
 from diffusion_core.generation.worker import ShardWorker
 from diffusion_core.jobs.generate import generate
 from diffusion_core.jobs.requests import Resources
-from diffusion_core.storage import Directory, StoreFull
+from diffusion_core.store import Directory, StoreFull
 from tests.tiny_bundle import tiny_bundle
 
 SHARDS = 24

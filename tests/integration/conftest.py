@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from flows.settings import load_config
 from tests.tiny_pipeline import SETTINGS
 

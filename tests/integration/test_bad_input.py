@@ -310,7 +310,7 @@ def _furnish(store: str) -> str:
     from diffusion_core.diffusion.config import ProcessConfig
     from diffusion_core.networks import build_network
     from diffusion_core.networks.config import UNetConfig
-    from diffusion_core.storage import Directory
+    from diffusion_core.store import Directory
     from diffusion_core.tracking.connection import client
 
     images = np.random.default_rng(SEED).integers(0, 256, (12, 4, 4, 1), dtype=np.uint8)

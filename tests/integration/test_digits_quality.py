@@ -9,7 +9,7 @@ from diffusion_core.diffusion.config import GuidanceConfig
 from diffusion_core.generation import open_imageset
 from diffusion_core.jobs.backend import run_job
 from diffusion_core.jobs.requests import GenerateRequest, GenerateResult, ShardResult, TrainResult
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from flows.config import PipelineConfig
 from flows.settings import load_config, preset_names
 from tests.digits_quality import legible, recall

@@ -18,7 +18,7 @@ from diffusion_core.jobs.generate import generate, run
 from diffusion_core.jobs.requests import GenerateRequest, GenerateResult, Resources
 from diffusion_core.jobs.rows import on_cluster
 from diffusion_core.progress import parse_progress
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from tests.tiny_bundle import tiny_bundle
 
 SETTINGS = {"count": 100, "batch_size": 8, "images_per_shard": 8, "sampler": {"steps": 3}, "guidance": {"scale": 2.0}}

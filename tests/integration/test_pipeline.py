@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from diffusion_core.config import UserError
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from diffusion_core.training.checkpoint import RECORD
 from flows.settings import load_config
 from tests.tiny_pipeline import COUNT, SETTINGS

@@ -15,7 +15,7 @@ from diffusion_core.evaluation.config import ClassifierConfig, EvaluationConfig,
 from diffusion_core.generation import open_imageset
 from diffusion_core.jobs.requests import EvaluateRequest, EvaluateResult, RegisterRequest, RegisterResult, Resources
 from diffusion_core.progress import parse_progress
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from tests.evaluated import pictures_dataset
 from tests.tiny_bundle import tiny_bundle
 

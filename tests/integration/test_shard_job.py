@@ -22,7 +22,7 @@ from diffusion_core.data.shards import open_dataset
 from diffusion_core.data.sources import open_source
 from diffusion_core.jobs import shard
 from diffusion_core.jobs.requests import ShardRequest, ShardResult
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from tests.image_files import encoded, pixels, shard_here, write_images, write_parquet
 
 

@@ -21,7 +21,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 from diffusion_core.data.shards import Batch, write_dataset
 from diffusion_core.jobs.requests import TrainRequest
 from diffusion_core.networks.config import UNetConfig
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from diffusion_core.training.config import TrainingConfig
 
 DEPLOYMENTS = {

@@ -17,9 +17,9 @@ from diffusion_core.config import UserError
 from diffusion_core.jobs import backend
 from diffusion_core.jobs.backend import BackendConfig, BackendKind, JobFailed, LocalJob, run_job
 from diffusion_core.jobs.requests import GenerateRequest, GenerateResult
-from diffusion_core.patience import StoreUnavailable
 from diffusion_core.progress import ProgressEvent
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
+from diffusion_core.store.patience import StoreUnavailable
 from flows import prune
 
 REQUEST = {"model": "models:/digits@champion"}
@@ -113,7 +113,7 @@ def test_a_full_store_keeps_its_sentence_though_it_takes_no_file(run_program):
         import errno, os, sys
         from diffusion_core.jobs import protocol
         from diffusion_core.jobs.requests import GenerateRequest
-        from diffusion_core.storage import Directory
+        from diffusion_core.store import Directory
 
         def full(*_):
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -142,7 +142,7 @@ def test_a_store_that_was_away_for_the_job_is_one_sentence_and_no_mistake_of_the
             import sys
             from diffusion_core.jobs import protocol
             from diffusion_core.jobs.requests import GenerateRequest
-            from diffusion_core.patience import StoreUnavailable
+            from diffusion_core.store.patience import StoreUnavailable
             def run(request):
                 print("generate: hello", flush=True)
                 raise StoreUnavailable("The store s3://b cannot be reached: x answered 503.")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from diffusion_core.patience import StoreUnavailable
+from diffusion_core.store.patience import StoreUnavailable
 from flows import cli
 
 HEAVY = ("torch", "ray", "prefect", "mlflow", "pandas", "pyarrow", "numpy", "pydantic", "boto3", "sklearn", "scipy")

@@ -24,7 +24,7 @@ from diffusion_core.jobs import compare, compare_cell
 from diffusion_core.jobs.compare_cell import Count, counted
 from diffusion_core.jobs.requests import CompareRequest
 from diffusion_core.jobs.rows import WorkersDied
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from flows import listing, prune
 from tests.evaluated import pictures_dataset
 from tests.tiny_bundle import tiny_bundle

@@ -352,7 +352,7 @@ def test_gates_of_one_model_run_one_at_a_time(store, dataset, bundles, run_id):
 
 def test_a_gate_whose_holder_died_is_succeeded(store, dataset, bundles, run_id):
     code = (
-        "import os, sys; from diffusion_core.lease import claim; from diffusion_core.storage import Directory\n"
+        "import os, sys; from diffusion_core.store.lease import claim; from diffusion_core.store import Directory\n"
         "claim(Directory(sys.argv[1]) / 'gates/dead', {}); os._exit(9)"
     )
     subprocess.run([sys.executable, "-c", code, store])

@@ -109,7 +109,7 @@ for name in sys.argv[1:]:
 
 def test_the_library_works_without_cluster_software() -> None:
     """Importing every module of the rooms that train, sample and measure asks for no Ray, Prefect or MLflow."""
-    rooms = ("config", "patience", "storage", "storage_s3", "storage_s3_check", "progress", "lease", "bundle")
+    rooms = ("config", "store", "progress", "bundle")
     rooms += ("diffusion", "networks", "data", "training", "generation")
     modules = [name for room in rooms for name in _modules(f"diffusion_core.{room}")]
     assert len(modules) > 25
@@ -119,7 +119,7 @@ def test_the_library_works_without_cluster_software() -> None:
 LOADED = "import sys, {module}; print(*sorted(set(sys.modules) & set(sys.argv[1:])))"
 
 LIGHT = (
-    "diffusion_core", "diffusion_core.config", "diffusion_core.storage", "diffusion_core.progress",
+    "diffusion_core", "diffusion_core.config", "diffusion_core.store", "diffusion_core.progress",
     "diffusion_core.jobs.requests", "diffusion_core.jobs.protocol",
     "diffusion_core.diffusion", "diffusion_core.networks", "diffusion_core.data", "diffusion_core.training",
     "diffusion_core.generation", "diffusion_core.evaluation",

@@ -20,7 +20,7 @@ from diffusion_core.data.sources import base, open_source
 from diffusion_core.data.sources.digits import digits_from_uint8
 from diffusion_core.data.spool import positions_of_items, spool_chunk, spool_chunks, with_spool
 from diffusion_core.data.transforms import Transform
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from tests.image_files import BROKEN, encoded, pixels, shard_here, write_images, write_parquet
 
 

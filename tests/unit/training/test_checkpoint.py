@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from diffusion_core.training.checkpoint import (
     RECORD,
     Checkpoint,

@@ -1,4 +1,4 @@
-"""Whether an S3 store can be used, told within three seconds: `check_reachable` of `diffusion_core.storage`."""
+"""Whether an S3 store can be used, told within three seconds."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ from typing import Any
 from botocore.exceptions import BotoCoreError, ClientError
 
 from diffusion_core.config import UserError
-from diffusion_core.patience import StoreUnavailable
-from diffusion_core.storage_s3 import TAKEN_CODES, S3Prefix, endpoint, error_code, lower, new_client, translate
+from diffusion_core.store.patience import StoreUnavailable
+from diffusion_core.store.s3_client import TAKEN_CODES, endpoint, error_code, lower, new_client, translate
 
 CHECK_SECONDS = 2.7
 
 
-def check_reachable_s3(uri: str, writable: bool) -> None:
-    """`check_reachable` for S3. Runs in a thread because the look-up of a host's name knows no time-out."""
-    place = S3Prefix.of(uri)
+def check_reachable(uri: str, bucket: str, prefix: str, writable: bool) -> None:
+    """`UserError` if the store cannot be used. In a thread, because the look-up of a host's name knows no time-out."""
     outcome: list[BaseException | None] = []
 
     def check() -> None:
         try:
             client = new_client(connect_timeout=2, read_timeout=2)
-            client.list_objects_v2(Bucket=place.bucket, MaxKeys=1)
+            client.list_objects_v2(Bucket=bucket, MaxKeys=1)
             if writable:
-                probe = {"Bucket": place.bucket, "Key": f"{place.prefix}.reachable-{uuid.uuid4().hex}"}
+                probe = {"Bucket": bucket, "Key": f"{prefix}.reachable-{uuid.uuid4().hex}"}
                 _check_writes(client, uri, probe)
             outcome.append(None)
         except BaseException as error:

@@ -20,8 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from diffusion_core.patience import StoreUnavailable, patience
-from diffusion_core.storage import Directory
+from diffusion_core.store.directory import Directory
+from diffusion_core.store.patience import StoreUnavailable, patience
 
 logger = logging.getLogger(__name__)
 

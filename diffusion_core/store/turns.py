@@ -6,8 +6,8 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from diffusion_core.lease import Held, acquire
-from diffusion_core.storage import Directory
+from diffusion_core.store.directory import Directory
+from diffusion_core.store.lease import Held, acquire
 
 logger = logging.getLogger(__name__)
 
