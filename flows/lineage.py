@@ -227,8 +227,9 @@ def verify(reference: str, store: str) -> tuple[str, list[str]]:
     images = find.image_set(reference, store)
     if Directory(images).exists("set.json"):
         from diffusion_core.generation.imageset import open_imageset
+        from diffusion_core.generation.verify import verify as differences
 
-        return f"image set {images}", open_imageset(images).verify()
+        return f"image set {images}", list(differences(open_imageset(images)))
     bundle = _bundle_or_none(reference, store)
     if bundle is not None:
         try:

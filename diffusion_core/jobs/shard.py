@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -38,7 +39,7 @@ from diffusion_core.data.shards import MANIFEST, ImageDataset, commit_dataset, o
 from diffusion_core.data.sources import Scan, Source, open_source
 from diffusion_core.data.sources.hashed import SourceChanged
 from diffusion_core.data.sources.listing import SourceFile
-from diffusion_core.data.spool import WORK, positions_of_items, spool_chunk, spool_chunks, with_spool
+from diffusion_core.data.spool import WORK, positions_of_items, spool_chunk, spool_chunks
 from diffusion_core.jobs.cluster import ray_session
 from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.requests import Resources, ShardRequest, ShardResult
@@ -252,13 +253,14 @@ def _spooled(plan: Plan, source_bytes: int, resources: Resources) -> Plan:
     """The plan, reading from a spool that is made first, where that is better than reading the source."""
     import ray
 
-    chunks = spool_chunks(plan, source_bytes)
+    chunks = spool_chunks(plan.reader, source_bytes, len(plan.shards))
     if not chunks:
         return plan
-    shared, positions = ray.put(plan), ray.put(positions_of_items(plan))
+    shared, positions = ray.put(plan), ray.put(positions_of_items(plan.order))
 
     def spool(row: dict[str, Any]) -> None:
-        spool_chunk(ray.get(shared), ray.get(positions), row["number"], range(row["first"], row["last"]))
+        plan, chunk = ray.get(shared), range(row["first"], row["last"])
+        spool_chunk(plan.directory, plan.reader, ray.get(positions), row["number"], chunk)
 
     rows = [{"number": i, "first": chunk.start, "last": chunk.stop} for i, chunk in enumerate(chunks)]
     with (
@@ -267,7 +269,7 @@ def _spooled(plan: Plan, source_bytes: int, resources: Resources) -> Plan:
     ):
         for place, _ in spooled:
             progress.advance(len(chunks[place]))
-    return with_spool(plan, len(chunks))
+    return replace(plan, spooled=len(chunks))
 
 
 def _rejected_in(records: dict[int, ShardWork]) -> list[Rejected]:
