@@ -15,7 +15,7 @@ from diffusion_core.store.patience import StoreUnavailable
 
 
 def verify(images: ImageSet) -> Iterator[str]:
-    """One sentence per difference between what is stored and what is recorded."""
+    """One sentence, naming the image or shard, per difference between what is stored and what is recorded."""
     for extension in read_extensions(images.directory):
         manifest = None
         if images.directory.exists(extension.manifest_key):

@@ -18,6 +18,7 @@ from diffusion_core.config import UserError
 from diffusion_core.generation import GenerationConfig, open_imageset
 from diffusion_core.generation.imageset import ImageSet, describe
 from diffusion_core.generation.plan import Shard, ShardTask
+from diffusion_core.generation.verify import verify
 from diffusion_core.generation.worker import ShardWorker
 from diffusion_core.jobs.generate import DIED, generate
 from diffusion_core.jobs.requests import GenerateRequest, GenerateResult, Resources
@@ -110,7 +111,7 @@ def test_the_job_is_ended_midway_and_run_again(ray_cluster, tmp_path, store, bun
     after = committed(images)
     assert {key: after[key] for key in before} == before, "a committed shard was written again"
     assert files_of(images) == uninterrupted
-    assert images.verify() == []
+    assert list(verify(images)) == []
 
 
 def test_two_jobs_at_once_make_one_set(ray_cluster, tmp_path, store, bundle, uninterrupted):
