@@ -6,11 +6,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from diffusion_core.bundle import RECORD, BundleConfig, read_bundle_config
+from diffusion_core.bundle import BundleConfig, read_bundle_config
 from diffusion_core.config import UserError
-from diffusion_core.store import Directory
-
-MANIFEST = "manifest.json"
+from diffusion_core.store import Directory, layout
 
 
 @dataclass(frozen=True)
@@ -23,11 +21,11 @@ class FoundBundle:
 
 def dataset(reference: str, store: str, option: str) -> str:
     """The URI of a dataset version: given as it is, as `name/version`, or as a name that has one version only."""
-    if _is_place(reference) or Directory(reference).exists(MANIFEST):
+    if _is_place(reference) or Directory(reference).exists(layout.MANIFEST):
         return Directory(reference).uri
-    datasets = Directory(store) / "datasets"
+    datasets = Directory(store) / layout.DATASETS
     name, _, version = reference.strip("/").partition("/")
-    there = [child for child in (datasets / name).children() if (datasets / name / child).exists(MANIFEST)]
+    there = [child for child in (datasets / name).children() if (datasets / name / child).exists(layout.MANIFEST)]
     if version in there:
         return (datasets / name / version).uri
     if not version and len(there) == 1:
@@ -52,13 +50,13 @@ def bundle_uri(reference: str, store: str) -> str:
 
         return resolve_model(reference, store).bundle_uri
     place = Directory(reference)
-    if place.exists(RECORD):
+    if place.exists(layout.BUNDLE):
         return place.uri
     run = _run(reference, store)
-    exported = [name for name in (run / "bundles").children() if (run / "bundles" / name).exists(RECORD)]
-    if exported:
-        return (run / "bundles" / max(exported, key=_number)).uri
-    if run.exists("run.json"):
+    bundles = run / layout.BUNDLES
+    if exported := [name for name in bundles.children() if (bundles / name).exists(layout.BUNDLE)]:
+        return (bundles / max(exported, key=_number)).uri
+    if run.exists(layout.RUN):
         raise UserError(f"The run {run.name} has no bundle yet; training exports one at its end.")
     if _is_place(reference):
         return place.uri
@@ -68,7 +66,7 @@ def bundle_uri(reference: str, store: str) -> str:
 def run(reference: str, store: str) -> Directory:
     """The directory of a run, by its URI or id."""
     place = _run(reference, store)
-    if not place.exists("run.json"):
+    if not place.exists(layout.RUN):
         raise UserError(f"There is no run {reference}; {_runs_of(store)}.")
     return place
 
@@ -80,9 +78,9 @@ def model_reference(reference: str, store: str) -> str:
 
 def image_set(reference: str, store: str) -> str:
     """The URI of an image set, given as it is or by its id."""
-    if _is_place(reference) or Directory(reference).exists("set.json"):
+    if _is_place(reference) or Directory(reference).exists(layout.SET):
         return Directory(reference).uri
-    return (Directory(store) / f"images/{reference.strip('/')}").uri
+    return (Directory(store) / layout.image_set(reference.strip("/"))).uri
 
 
 def registered_copy(digest: str, store: str) -> str | None:
@@ -106,11 +104,11 @@ def registered_versions(digest: str, store: str) -> list[dict[str, Any]]:
 
 
 def _run(reference: str, store: str) -> Directory:
-    return Directory(reference) if _is_place(reference) else Directory(store) / f"runs/{reference.strip('/')}"
+    return Directory(reference) if _is_place(reference) else Directory(store) / layout.run(reference.strip("/"))
 
 
 def _runs_of(store: str) -> str:
-    runs = ", ".join((Directory(store) / "runs").children()[:10]) or "none"
+    runs = ", ".join((Directory(store) / layout.RUNS).children()[:10]) or "none"
     return f"the runs of the store {store} are: {runs}"
 
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from diffusion_core.bundle import RECORD, bundle_digest, read_bundle_config
+from diffusion_core.bundle import bundle_digest, read_bundle_config
 from diffusion_core.catalog import find
 from diffusion_core.config import UserError
-from diffusion_core.store import Directory
+from diffusion_core.store import Directory, layout
 
 if TYPE_CHECKING:
     from diffusion_core.generation.imageset import ImageSet
@@ -37,7 +37,7 @@ def lineage(reference: str, store: str, image_id: int | None = None) -> list[Ste
 
 def _steps(reference: str, store: str, image_id: int | None) -> Iterator[Step]:
     images = find.image_set(reference, store)
-    if Directory(images).exists("set.json"):
+    if Directory(images).exists(layout.SET):
         yield from _of_images(images, store, image_id)
         return
     if image_id is not None:
@@ -47,11 +47,11 @@ def _steps(reference: str, store: str, image_id: int | None) -> Iterator[Step]:
         return
     with suppress(UserError):
         dataset = find.dataset(reference, store, "dataset")
-        if Directory(dataset).exists(find.MANIFEST):
+        if Directory(dataset).exists(layout.MANIFEST):
             yield from _of_dataset(dataset)
             return
     bundle = find.bundle_uri(reference, store)
-    if Directory(bundle).exists(RECORD):
+    if Directory(bundle).exists(layout.BUNDLE):
         yield from _of_bundle(bundle)
 
 
@@ -72,9 +72,9 @@ def _of_images(uri: str, store: str, image_id: int | None) -> Iterator[Step]:
         **{name: guide["digest"] for name, guide in described.guides.items()},
     }
     bundle = described.bundle_uri
-    if not Directory(bundle).exists(RECORD):  # the run was pruned, but the registry keeps a copy of its models
+    if not Directory(bundle).exists(layout.BUNDLE):  # the run was pruned, but the registry keeps a copy of its models
         bundle = find.registered_copy(described.bundle_digest, store) or bundle
-    if Directory(bundle).exists(RECORD):
+    if Directory(bundle).exists(layout.BUNDLE):
         yield from _registered(described.bundle_digest, store)
         yield from _of_bundle(bundle)
         return
@@ -118,10 +118,10 @@ def _of_bundle(uri: str) -> Iterator[Step]:
 
 def _of_dataset(uri: str, version: str | None = None) -> Iterator[Step]:
     place = Directory(uri)
-    if not place.exists(find.MANIFEST):
+    if not place.exists(layout.MANIFEST):
         yield {"what": "dataset version", "id": version, "uri": place.uri, "missing": True}
         return
-    manifest = place.read_json(find.MANIFEST)
+    manifest = place.read_json(layout.MANIFEST)
     yield {
         "what": "dataset version",
         "id": manifest["version"],
@@ -138,7 +138,7 @@ def _source_uri(manifest: dict[str, Any]) -> str:
 
 def _model_versions(images: ImageSet) -> list[str]:
     found: set[str] = set()
-    for entry in images.directory.list("manifest-"):
+    for entry in images.directory.list(layout.SET_MANIFESTS):
         found.update(images.directory.read_json(entry.key).get("model_versions", []))
     return sorted(found)
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from diffusion_core.bundle import RECORD
-from diffusion_core.catalog.find import MANIFEST
-from diffusion_core.store import Directory
+from diffusion_core.store import Directory, layout
 
 Row = dict[str, Any]
 
@@ -15,12 +13,12 @@ Row = dict[str, Any]
 def datasets(store: str) -> list[Row]:
     """Every complete dataset version."""
     rows = []
-    root = Directory(store) / "datasets"
+    root = Directory(store) / layout.DATASETS
     for name in root.children():
         for version in (root / name).children():
             place = root / f"{name}/{version}"
-            if place.exists(MANIFEST):
-                manifest = place.read_json(MANIFEST)
+            if place.exists(layout.MANIFEST):
+                manifest = place.read_json(layout.MANIFEST)
                 splits = " ".join(f"{split}={rows}" for split, rows in manifest["splits"].items())
                 shape = "x".join(map(str, manifest["image_shape"]))
                 rows.append({"dataset": f"{name}/{version}", "images": splits, "shape": shape, "uri": place.uri})
@@ -30,14 +28,15 @@ def datasets(store: str) -> list[Row]:
 def runs(store: str) -> list[Row]:
     """Every training run with its newest checkpoint and bundle."""
     rows = []
-    root = Directory(store) / "runs"
+    root = Directory(store) / layout.RUNS
     for run_id in root.children():
         place = root / run_id
-        exported = [name for name in (place / "bundles").children() if (place / f"bundles/{name}").exists(RECORD)]
+        bundles = place / layout.BUNDLES
+        exported = [name for name in bundles.children() if (bundles / name).exists(layout.BUNDLE)]
         rows.append(
             {
                 "run": run_id,
-                "checkpoint": _newest((place / "checkpoints").children()),
+                "checkpoint": _newest((place / layout.CHECKPOINTS).children()),
                 "bundle": _newest(exported),
                 "uri": place.uri,
             }
@@ -65,11 +64,11 @@ def imagesets(store: str) -> list[Row]:
     """Every image set with the number of its images, and whether it was made to be evaluated only."""
     from diffusion_core.generation.imageset import open_imageset
 
-    root = Directory(store) / "images"
+    root = Directory(store) / layout.IMAGES
     evaluated = {report["image_set"] for report in evaluations(store).values()}
     rows = []
     for set_id in root.children():
-        if (root / set_id).exists("set.json"):
+        if (root / set_id).exists(layout.SET):
             images = open_imageset(root / set_id)
             total, run = images.total_images(), images.description.run_id
             made_for = "evaluation" if images.uri in evaluated else "use"
@@ -79,16 +78,16 @@ def imagesets(store: str) -> list[Row]:
 
 def evaluations(store: str) -> dict[str, Row]:
     """The report of every evaluation by its URI."""
-    root = Directory(store) / "evaluations"
+    root = Directory(store) / layout.EVALUATIONS
     places = (root / child for child in root.children())
-    return {place.uri: place.read_json("evaluation.json") for place in places if place.exists("evaluation.json")}
+    return {place.uri: place.read_json(layout.EVALUATION) for place in places if place.exists(layout.EVALUATION)}
 
 
 def comparisons(store: str) -> dict[str, Row]:
     """What every comparison of samplers is about, by its URI."""
-    root = Directory(store) / "comparisons"
+    root = Directory(store) / layout.COMPARISONS
     places = (root / child for child in root.children())
-    return {place.uri: place.read_json("about.json") for place in places if place.exists("about.json")}
+    return {place.uri: place.read_json(layout.ABOUT) for place in places if place.exists(layout.ABOUT)}
 
 
 KINDS: dict[str, Callable[[str], list[Row]]] = {

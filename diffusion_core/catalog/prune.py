@@ -8,11 +8,10 @@ from calendar import timegm
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from diffusion_core.bundle import RECORD, read_bundle_config
+from diffusion_core.bundle import read_bundle_config
 from diffusion_core.catalog import listing
-from diffusion_core.catalog.find import MANIFEST
 from diffusion_core.config import UserError
-from diffusion_core.store import Directory
+from diffusion_core.store import Directory, layout
 
 _JOB_TIME = re.compile(r"-(\d{8}-\d{6})-[0-9a-f]+$")
 
@@ -48,7 +47,7 @@ def remove(candidate: Candidate) -> None:
 
 
 def _old_jobs(store: str, older_than_s: float) -> Iterator[Candidate]:
-    jobs = Directory(store) / "jobs"
+    jobs = Directory(store) / layout.JOBS
     for name in jobs.children():
         match = _JOB_TIME.search(name)
         age = time.time() - timegm(time.strptime(match[1], "%Y%m%d-%H%M%S")) if match else 0
@@ -57,18 +56,18 @@ def _old_jobs(store: str, older_than_s: float) -> Iterator[Candidate]:
 
 
 def _has_ended(job: Directory) -> bool:
-    if any(job.exists(key) for key in ("result.json", "error.json")):
+    if any(job.exists(key) for key in (layout.RESULT, layout.ERROR)):
         return True
-    return job.exists("log.txt") and not job.exists("running.json")  # the log grows while the job runs
+    return job.exists(layout.LOG) and not job.exists(layout.RUNNING)  # the log grows while the job runs
 
 
 def _unused_runs(store: str) -> Iterator[Candidate]:
     used = {row["run"] for row in listing.models(store)}
     for row in listing.imagesets(store):
         if row["for"] == "use":
-            guides = Directory(row["uri"]).read_json("set.json").get("guides", {})
+            guides = Directory(row["uri"]).read_json(layout.SET).get("guides", {})
             used |= {row["run"], *(guide["run_id"] for guide in guides.values())}
-    root = Directory(store) / "runs"
+    root = Directory(store) / layout.RUNS
     for row in listing.runs(store):
         if row["run"] not in used and row["bundle"]:  # without a bundle it is still in training, or waits to continue
             yield _candidate(
@@ -95,17 +94,17 @@ def _unused_datasets(store: str, kept_out: set[str]) -> Iterator[Candidate]:
             continue
         if not row["bundle"]:
             return  # a run without a bundle does not tell which dataset it reads: nothing is certain to be unused
-        used.add(_dataset_of(Directory(row["uri"]) / f"bundles/{row['bundle']}"))
+        used.add(_dataset_of(Directory(row["uri"]) / layout.bundle(row["bundle"])))
     for images in listing.imagesets(store):
         if images["for"] == "use":
-            used.add(str(Directory(images["uri"]).read_json("set.json")["dataset"]["uri"]))
+            used.add(str(Directory(images["uri"]).read_json(layout.SET)["dataset"]["uri"]))
     for row in listing.datasets(store):
-        if row["uri"] not in used and Directory(row["uri"]).exists(MANIFEST):
+        if row["uri"] not in used and Directory(row["uri"]).exists(layout.MANIFEST):
             yield _candidate(Directory(row["uri"]), "dataset version: no run and no image set came from it")
 
 
 def _dataset_of(bundle: Directory) -> str:
-    if not bundle.exists(RECORD):
+    if not bundle.exists(layout.BUNDLE):
         raise UserError(f"{bundle.uri} is not a bundle, so prune cannot tell which dataset it came from.")
     return Directory(read_bundle_config(bundle).dataset.uri).uri
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from diffusion_core.bundle import RECORD
 from diffusion_core.catalog import find
 from diffusion_core.config import UserError
-from diffusion_core.store import Directory
+from diffusion_core.store import Directory, layout
 
 
 def reproduce(reference: str, store: str, image_ids: Sequence[int]) -> list[dict[str, Any]]:
@@ -30,14 +29,14 @@ def reproduce(reference: str, store: str, image_ids: Sequence[int]) -> list[dict
     images = open_imageset(find.image_set(reference, store))
     located = [images.locate(image_id) for image_id in image_ids]
     wanted, uri = images.description.bundle_digest, images.description.bundle_uri
-    if not Directory(uri).exists(RECORD):
+    if not Directory(uri).exists(layout.BUNDLE):
         uri = find.registered_copy(wanted, store) or uri
     bundle = load_bundle(uri, _device(located[0].record["made_on"]))
     if bundle.digest != wanted:
         raise UserError(f"The set {images.uri} was made by the bundle {wanted}, but {uri} now holds {bundle.digest}.")
     guides = dict(images.generation.guidance.models)
     for name, guide in images.description.guides.items():
-        if not Directory(guides[name]).exists(RECORD):
+        if not Directory(guides[name]).exists(layout.BUNDLE):
             guides[name] = find.registered_copy(guide["digest"], store) or guides[name]
     generator = Generator(bundle, images.guided_by(guides), next(bundle.network.parameters()).device)
     ids = np.array(image_ids, dtype=np.int64)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from diffusion_core.bundle import RECORD, verify_bundle
+from diffusion_core.bundle import verify_bundle
 from diffusion_core.catalog import find
 from diffusion_core.config import UserError
 from diffusion_core.data.shards import open_dataset
 from diffusion_core.generation import verify as generated
 from diffusion_core.generation.imageset import open_imageset
-from diffusion_core.store import Directory
+from diffusion_core.store import Directory, layout
 
 
 def verify(reference: str, store: str) -> tuple[str, list[str]]:
@@ -20,7 +20,7 @@ def verify(reference: str, store: str) -> tuple[str, list[str]]:
         What was verified, and one sentence for each difference.
     """
     images = find.image_set(reference, store)
-    if Directory(images).exists("set.json"):
+    if Directory(images).exists(layout.SET):
         return f"image set {images}", list(generated.verify(open_imageset(images)))
     bundle = _bundle_or_none(reference, store)
     if bundle is not None:
@@ -37,5 +37,5 @@ def _bundle_or_none(reference: str, store: str) -> str | None:
         return find.bundle_uri(reference, store)
     with suppress(UserError):
         uri = find.bundle_uri(reference, store)
-        return uri if Directory(uri).exists(RECORD) else None
+        return uri if Directory(uri).exists(layout.BUNDLE) else None
     return None

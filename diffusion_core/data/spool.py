@@ -15,9 +15,8 @@ import pyarrow.parquet as pq
 
 from diffusion_core.data.sources import Item, Reader
 from diffusion_core.data.transforms import RejectedItem
-from diffusion_core.store import Directory
+from diffusion_core.store import Directory, layout
 
-WORK = "work"  # what a job has done so far; removed when the manifest is written
 SPOOL_ABOVE_BYTES = 4 << 30
 
 
@@ -30,7 +29,7 @@ def spool_chunks(reader: Reader, source_bytes: int, shards: int) -> list[range]:
 
 def spool_chunk(directory: Directory, reader: Reader, positions: np.ndarray, number: int, chunk: range) -> None:
     """Write the items of one chunk, still encoded, sorted by position. `positions`: (N,) of every item, -1 for none."""
-    key = _spool_file(number)
+    key = layout.spooled_chunk(number)
     if directory.exists(key):
         return
     items = np.arange(chunk.start, chunk.stop)
@@ -64,7 +63,7 @@ def read_spool(directory: Directory, chunks: int, positions: np.ndarray, start: 
     if not len(positions):
         return
     for number in range(chunks):
-        with directory.open(_spool_file(number)) as stream:
+        with directory.open(layout.spooled_chunk(number)) as stream:
             file = pq.ParquetFile(stream)
             for group in range(file.num_row_groups):
                 statistics = file.metadata.row_group(group).column(0).statistics
@@ -86,7 +85,3 @@ def _payload(item: Item) -> bytes | None:
     if isinstance(item.content, RejectedItem):
         return None
     return item.content.tobytes() if isinstance(item.content, np.ndarray) else item.content
-
-
-def _spool_file(number: int) -> str:
-    return f"{WORK}/spool-{number:05d}.parquet"

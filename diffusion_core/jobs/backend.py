@@ -34,7 +34,7 @@ from diffusion_core.jobs.log import LOG, KeptLog
 from diffusion_core.jobs.protocol import ERROR, EXIT_USER_ERROR, RESULT
 from diffusion_core.jobs.requests import Request, Result
 from diffusion_core.progress import ProgressEvent, parse_progress
-from diffusion_core.store import Directory
+from diffusion_core.store import Directory, layout
 from diffusion_core.store.patience import EXIT_STORE_AWAY, StoreUnavailable
 
 if TYPE_CHECKING:
@@ -117,9 +117,9 @@ def run_job(
     """
     request = request.model_copy(update={"store": Directory(request.store).uri})  # no relative path: jobs run elsewhere
     job_id = f"{stage}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
-    place = Directory(request.store) / f"jobs/{job_id}"
+    place = Directory(request.store) / layout.job(job_id)
     job = JobLog(job_id=job_id, uri=place.uri)
-    place.write("request.json", request.model_dump_json(indent=2).encode())
+    place.write(layout.REQUEST, request.model_dump_json(indent=2).encode())
     if on_start:
         on_start(job)
     with KeptLog(place) as log:
@@ -157,7 +157,7 @@ def _outcome(stage: str, place: Directory, status: int, lines: list[str], result
 
 
 def _start(stage: str, job: JobLog, backend: BackendConfig) -> Handle:
-    request_uri = f"{job.uri}/request.json"
+    request_uri = f"{job.uri}/{layout.REQUEST}"
     if backend.kind is BackendKind.local:
         return LocalJob([sys.executable, "-m", f"diffusion_core.jobs.{stage}", request_uri])
     return ClusterJob(stage, request_uri, job.job_id)

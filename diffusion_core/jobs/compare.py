@@ -39,14 +39,13 @@ from diffusion_core.jobs.requests import CompareRequest, CompareResult, Resource
 from diffusion_core.jobs.rows import WorkersDied, on_cluster
 from diffusion_core.jobs.tally import tallied
 from diffusion_core.progress import Progress
-from diffusion_core.store import Directory
+from diffusion_core.store import Directory, layout
 from diffusion_core.store.turns import one_at_a_time
 
 if TYPE_CHECKING:
     from diffusion_core.evaluation.features import Reference
 
-ABOUT = "about.json"
-REPORT, TABLE, PICTURE = "comparison.json", "comparison.md", "comparison.png"
+REPORT, TABLE, PICTURE = layout.COMPARISON, layout.COMPARISON_TABLE, layout.COMPARISON_PICTURE
 _ALGORITHM = 1  # raised when the figures are computed differently
 _VIEW = 3  # raised when table or picture look different
 
@@ -89,8 +88,8 @@ class _Bench:
     def _cells(self, contestant: Contestant) -> list[_Cell]:
         generation = self._generation(contestant)
         guides = guide_digests(generation.guidance)
-        place = f"cells/{digest(generation, guides)}"
-        return [_Cell(generation, guides, seed, f"{place}/seed-{seed}.json") for seed in self.config.all_seeds]
+        name, seeds = digest(generation, guides), self.config.all_seeds
+        return [_Cell(generation, guides, seed, layout.cell(name, seed)) for seed in seeds]
 
     def _generation(self, contestant: Contestant) -> GenerationConfig:
         """How the images of a contestant are made, whatever the seed."""
@@ -105,11 +104,11 @@ class _Bench:
     def view(self) -> Directory:
         """Where table, picture and report are: those of these cells, called and judged as the configuration says."""
         keys = {label: [cell.key for cell in cells] for label, cells in self.cells.items()}
-        return self.directory / f"views/{digest(_VIEW, self.config.model_dump(mode='json'), keys)}"
+        return self.directory / layout.view(digest(_VIEW, self.config.model_dump(mode="json"), keys))
 
     def missing(self) -> list[_Cell]:
         """Cells that are not stored; of those that two contestants have in common, one."""
-        stored = {entry.key for entry in self.directory.list("cells/")}
+        stored = {entry.key for entry in self.directory.list(layout.CELLS)}
         wanted = {cell.key: cell for cells in self.cells.values() for cell in cells}
         return [cell for key, cell in wanted.items() if key not in stored]
 
@@ -137,7 +136,7 @@ def run(request: CompareRequest) -> CompareResult:
 
         with one_at_a_time(request.store, "compare", bench.directory.name):
             reference = Measurer(request.evaluation, bench.dataset).reference(bench.images)  # once, not by each worker
-            bench.directory.create_json(ABOUT, _about(bench))
+            bench.directory.create_json(layout.ABOUT, _about(bench))
             made = _make(bench, bench.missing(), request.resources)
             _show(_found(bench, reference), view)
     found = Comparison.model_validate(view.read_json(REPORT))
@@ -178,7 +177,7 @@ def _bench(request: CompareRequest) -> _Bench:
     shared = (evaluation.neighbours, images, config.batch_size)
     measured = _measured_by(evaluation, dataset)
     name = digest("comparison", _ALGORITHM, bundle_digest(request.bundle_uri), dataset.version, measured, *shared)
-    directory = Directory(request.store) / f"comparisons/{name}"
+    directory = Directory(request.store) / layout.comparison(name)
     return _Bench(directory, request.bundle_uri, bundle, dataset, evaluation, config, images)
 
 

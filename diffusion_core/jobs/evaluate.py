@@ -19,7 +19,7 @@ from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.jobs.guide import guide_digests, with_guides_found
 from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.requests import EvaluateRequest, EvaluateResult, Resources
-from diffusion_core.store import Directory
+from diffusion_core.store import Directory, layout
 from diffusion_core.store.turns import one_at_a_time
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from diffusion_core.evaluation.features import Features, Reference
     from diffusion_core.generation.imageset import ImageSet
 
-REPORT, PICTURE, FEATURES = "evaluation.json", "evaluation.png", "features.safetensors"
+REPORT, PICTURE, FEATURES = layout.EVALUATION, layout.EVALUATION_PICTURE, layout.FEATURES
 _ALGORITHM = 1  # raised when the figures are computed differently
 _LEAST = 4  # images that the kernel distance needs
 _BLOCK = 1024
@@ -89,7 +89,7 @@ def evaluate(
     bundle_id, extractor = bundle_digest(bundle_uri), extractor_identity(config, dataset.version)
     guided = [f"{name} {found}" for name, found in guide_digests(config.guidance).items()]
     evaluation_id = digest("evaluation", _ALGORITHM, bundle_id, dataset.version, extractor, config, *guided)
-    directory = Directory(store) / f"evaluations/{evaluation_id}"
+    directory = Directory(store) / layout.evaluation(evaluation_id)
     if directory.exists(REPORT):
         return Evaluation(directory, directory.read_json(REPORT), reused=True)
     about = {
@@ -114,7 +114,7 @@ def evaluate(
 
 def attach(store: str, done: Evaluation, mlflow_run_id: str) -> None:
     """Show the figures and the floor on an MLflow run, once."""
-    marker = f"attached/{mlflow_run_id}.json"
+    marker = layout.attached(mlflow_run_id)
     if done.directory.exists(marker):
         return
     from diffusion_core.tracking import record_figures

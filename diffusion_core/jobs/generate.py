@@ -24,7 +24,7 @@ from diffusion_core.bundle import bundle_digest, read_bundle_config
 from diffusion_core.config import UserError
 from diffusion_core.generation import tables
 from diffusion_core.generation.config import GenerationConfig
-from diffusion_core.generation.imageset import FAILED, SHEET, ImageSet, describe
+from diffusion_core.generation.imageset import ImageSet, describe
 from diffusion_core.generation.plan import Extension, Range, Shard, ShardTask
 from diffusion_core.jobs.cluster import ray_session, reserved
 from diffusion_core.jobs.guide import with_guides_found
@@ -32,7 +32,7 @@ from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.requests import GenerateRequest, GenerateResult, Resources
 from diffusion_core.jobs.tally import Tally, tallied
 from diffusion_core.progress import Progress
-from diffusion_core.store import StoreFull
+from diffusion_core.store import StoreFull, layout
 from diffusion_core.store.patience import StoreUnavailable
 from diffusion_core.store.turns import one_at_a_time
 
@@ -97,7 +97,7 @@ def run(request: GenerateRequest) -> GenerateResult:
         images=done.stored,
         generated=done.generated,
         first_image_id=done.first_image_id,
-        contact_sheet=f"{done.images.uri}/{SHEET}",
+        contact_sheet=f"{done.images.uri}/{layout.SHEET}",
         total_images=done.images.total_images(),
         images_per_second=done.images_per_second,
     )
@@ -148,7 +148,7 @@ def generate(
     for extension, whole in zip(extensions, complete, strict=True):
         if not whole and first <= extension.first_image_id and extension.stop <= stop:
             _close(images, extension, outcome)
-    if not images.directory.exists(SHEET):
+    if not images.directory.exists(layout.SHEET):
         images.draw_sheet()
     stored = stop - first - sum(_within(shard, first, stop) for shard in outcome.failed)
     made = sum(_within(shard, first, stop) for shard in outcome.made)
@@ -317,14 +317,14 @@ def _report_failures(images: ImageSet, tried: Sequence[Shard], outcome: _Outcome
     """`failed.parquet`; raises if there are more failures than allowed, or one for no fault of the shard."""
     if not outcome.failed:
         if tried:
-            images.directory.delete(FAILED)
+            images.directory.delete(layout.FAILED)
         return
-    images.directory.write(FAILED, tables.failures(outcome.failed))
+    images.directory.write(layout.FAILED, tables.failures(outcome.failed))
     shard, first = next(iter(outcome.failed.items()))
     sentence = (
         f"{len(outcome.failed)} of {len(tried)} shards failed, for example shard {shard.number} (images "
         f"{shard.first_image_id} to {shard.stop - 1}): {first['error'].rstrip('.')}. All of them stand in "
-        f"{images.uri}/{FAILED}. Running the same command again makes only what is missing."
+        f"{images.uri}/{layout.FAILED}. Running the same command again makes only what is missing."
     )
     if any(failed["store_away"] for failed in outcome.failed.values()):
         raise StoreUnavailable(sentence)
@@ -347,7 +347,7 @@ def _write_log(images: ImageSet, outcome: _Outcome) -> None:
     now = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     shards = [{"shard": shard.number, "seconds": took} for shard, took in sorted(outcome.seconds.items(), key=str)]
     log = {"ended": now, "seconds": outcome.took, "host": os.uname().nodename, "shards": shards}
-    images.directory.create_json(f"log/{now}-{uuid.uuid4().hex[:8]}.json", log)
+    images.directory.create_json(layout.set_log(f"{now}-{uuid.uuid4().hex[:8]}"), log)
 
 
 def _within(shard: Shard, first: int, stop: int) -> int:

@@ -16,13 +16,13 @@ from pydantic import ValidationError
 
 from diffusion_core.config import UserError, explain
 from diffusion_core.jobs.requests import Request, Result
-from diffusion_core.store import Directory, StoreFull
+from diffusion_core.store import Directory, StoreFull, layout
 from diffusion_core.store.patience import EXIT_STORE_AWAY, StoreUnavailable
 
 RequestT = TypeVar("RequestT", bound=Request)
 
 EXIT_USER_ERROR = 2
-RESULT, ERROR = "result.json", "error.json"
+RESULT, ERROR = layout.RESULT, layout.ERROR
 _SIGNALS = {
     signal.SIGTERM: signal.SIGTERM,
     128 + signal.SIGTERM: signal.SIGTERM,

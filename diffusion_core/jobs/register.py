@@ -20,7 +20,7 @@ from diffusion_core.jobs.evaluate import Evaluation, check_comparable, evaluate,
 from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.record import mlflow_run_of
 from diffusion_core.jobs.requests import RegisterRequest, RegisterResult
-from diffusion_core.store import Directory
+from diffusion_core.store import Directory, layout
 from diffusion_core.store.lease import Lease, acquire
 from diffusion_core.store.turns import Waiting
 
@@ -49,7 +49,7 @@ def run(request: RegisterRequest) -> RegisterResult:
     samples_of(request.evaluation, dataset)
     check_comparable(read_bundle_config(request.bundle_uri), dataset)
     owner = {"model": request.model, "bundle_uri": request.bundle_uri}
-    place = Directory(request.store) / f"gates/{request.model}"
+    place = Directory(request.store) / layout.gate(request.model)
     with acquire(place, owner, on_wait=Waiting(f"another job is at the gate of {request.model}")) as lease:
         version, created = _register(request)
         verdict, promoted_now = _gate(request, version, lease)

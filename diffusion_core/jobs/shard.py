@@ -35,17 +35,17 @@ from diffusion_core.data.sharding import (
     make_shard,
     try_images,
 )
-from diffusion_core.data.shards import MANIFEST, ImageDataset, commit_dataset, open_dataset
+from diffusion_core.data.shards import ImageDataset, commit_dataset, open_dataset
 from diffusion_core.data.sources import Scan, Source, open_source
 from diffusion_core.data.sources.hashed import SourceChanged
 from diffusion_core.data.sources.listing import SourceFile
-from diffusion_core.data.spool import WORK, positions_of_items, spool_chunk, spool_chunks
+from diffusion_core.data.spool import positions_of_items, spool_chunk, spool_chunks
 from diffusion_core.jobs.cluster import ray_session
 from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.requests import Resources, ShardRequest, ShardResult
 from diffusion_core.jobs.rows import WorkersDied, on_cluster, survives
 from diffusion_core.progress import Progress
-from diffusion_core.store import Directory
+from diffusion_core.store import Directory, layout
 from diffusion_core.store.patience import StoreUnavailable
 from diffusion_core.store.turns import one_at_a_time
 
@@ -65,16 +65,16 @@ def run(request: ShardRequest) -> ShardResult:
     began = time.monotonic()
     source = open_source(request.source)
     source.limit(request.dataset.max_file_mb << 20)
-    home = Directory(request.store) / f"datasets/{request.dataset.name}"
+    home = Directory(request.store) / layout.dataset(request.dataset.name)
     cache = HashCache(home, source.config.uri or source.kind.value)
     with ExitStack() as cluster:
         digests = _hash_source(source, cache, request.resources, cluster)
         version = dataset_version(source, digests, request.dataset)
         directory = home / version
-        reused = directory.exists(MANIFEST)
+        reused = directory.exists(layout.MANIFEST)
         if not reused:
             cluster.enter_context(one_at_a_time(request.store, "shard", f"{request.dataset.name}/{version}"))
-            reused = directory.exists(MANIFEST)  # another job may have made it meanwhile
+            reused = directory.exists(layout.MANIFEST)  # another job may have made it meanwhile
         try:
             dataset = open_dataset(directory) if reused else _make(request, source, digests, directory, cluster)
         except SourceChanged as error:
@@ -83,9 +83,9 @@ def run(request: ShardRequest) -> ShardResult:
             raise
     if reused:
         check_reused(dataset, request.dataset)
-    if WORK in directory.children():
+    if layout.WORK in directory.children():
         with suppress(OSError, StoreUnavailable):  # another job at the same version may be clearing up too
-            (directory / WORK).delete_tree()
+            (directory / layout.WORK).delete_tree()
     return ShardResult(
         seconds=time.monotonic() - began,
         reused=reused,
@@ -161,7 +161,7 @@ def _make(
             plan = _spooled(plan, sum(file.size for file in source.files), request.resources)
             _make_shards(plan, records, request.resources, judge)
     except Exception:
-        if directory.exists(MANIFEST):  # another job was at the same version, finished first, and cleared up
+        if directory.exists(layout.MANIFEST):  # another job was at the same version, finished first, and cleared up
             return open_dataset(directory)
         raise
     in_shards = _rejected_in(records)

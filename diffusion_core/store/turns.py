@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from diffusion_core.store import layout
 from diffusion_core.store.directory import Directory
 from diffusion_core.store.lease import Held, acquire
 
@@ -20,7 +21,7 @@ def one_at_a_time(store: str, stage: str, work: str) -> Iterator[bool]:
     followed while it may still live, so what is written inside must be created if absent.
     """
     waiting = Waiting("another job is at the same work already")
-    with acquire(Directory(store) / f"leases/{stage}/{work}", {"kind": f"{stage} job"}, on_wait=waiting):
+    with acquire(Directory(store) / layout.lease(stage, work), {"kind": f"{stage} job"}, on_wait=waiting):
         yield bool(waiting.holders)
 
 

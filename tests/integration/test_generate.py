@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from diffusion_core.bundle import RECORD, WEIGHTS
 from diffusion_core.config import UserError, digest
 from diffusion_core.generation import GenerationConfig, open_imageset
 from diffusion_core.generation.verify import verify
@@ -20,6 +19,7 @@ from diffusion_core.jobs.requests import GenerateRequest, GenerateResult, Resour
 from diffusion_core.jobs.rows import on_cluster
 from diffusion_core.progress import parse_progress
 from diffusion_core.store import Directory
+from diffusion_core.store.layout import BUNDLE, WEIGHTS
 from tests.tiny_bundle import tiny_bundle
 
 SETTINGS = {"count": 100, "batch_size": 8, "images_per_shard": 8, "sampler": {"steps": 3}, "guidance": {"scale": 2.0}}
@@ -161,10 +161,10 @@ def poison(bundle: str) -> None:
     weights[name][3] = float("nan")
     save_file(weights, place.local_path / WEIGHTS)
     sha256 = hashlib.sha256(place.read(WEIGHTS)).hexdigest()
-    record = place.read_json(RECORD)
+    record = place.read_json(BUNDLE)
     record["files"][WEIGHTS]["sha256"] = sha256
     record["digest"] = digest(record["identity"], sha256)
-    place.write_json(RECORD, record)
+    place.write_json(BUNDLE, record)
 
 
 def test_a_cluster_that_is_too_small_is_said_and_leaves_nothing_unfinished(session, store, bundle):

@@ -19,7 +19,7 @@ from PIL import Image
 
 from diffusion_core.config import UserError
 from diffusion_core.store import Directory
-from diffusion_core.training.checkpoint import RECORD
+from diffusion_core.store.layout import CHECKPOINT
 from flows.settings import load_config
 from tests.tiny_pipeline import COUNT, SETTINGS
 
@@ -209,7 +209,7 @@ def _checkpoints(store: str, besides: set[str]) -> list[int]:
     found = []
     for entry in (Directory(store) / "runs").list():
         run, _, rest = entry.key.partition("/")
-        if run not in besides and rest.startswith("checkpoints/") and rest.endswith(RECORD):
+        if run not in besides and rest.startswith("checkpoints/") and rest.endswith(CHECKPOINT):
             found.append(int(rest.split("/")[1]))
     return found
 
