@@ -141,8 +141,9 @@ def train(
         store=store, name=name, images=images, time_budget=time_budget, batch_size=batch_size, init_from=init_from,
         workers=workers, backend=backend,
     )  # fmt: skip
+    from diffusion_core.catalog import find
     from diffusion_core.jobs.requests import TrainRequest
-    from flows import find, preflight
+    from flows import preflight
     from flows.results import train_rows
     from flows.runner import run_flow
 
@@ -178,8 +179,9 @@ def evaluate(
         preset, config_file, settings, source_needed=False,
         store=store, samples=samples, workers=workers, backend=backend,
     )  # fmt: skip
+    from diffusion_core.catalog import find
     from diffusion_core.jobs.requests import EvaluateRequest
-    from flows import find, preflight
+    from flows import preflight
     from flows.results import evaluate_rows
     from flows.runner import run_flow
 
@@ -220,8 +222,9 @@ def compare_samplers(
         store=store, contestants=sampler or None, reference=reference, candidate=candidate, seeds=seeds,
         compared_images=images, compared_guidance=guidance, workers=workers, backend=backend,
     )  # fmt: skip
+    from diffusion_core.catalog import find
     from diffusion_core.jobs.requests import CompareRequest
-    from flows import find, preflight
+    from flows import preflight
     from flows.results import comparison_rows, comparison_text
     from flows.runner import run_flow
 
@@ -255,12 +258,22 @@ def register(
 ) -> None:
     """Register a bundle as a model version; it becomes the champion if it passes the gate."""
     config = _config(preset, config_file, settings, source_needed=False, store=store, name=name, backend=backend)
-    from flows import find
+    from diffusion_core.catalog import find
+    from diffusion_core.jobs.requests import RegisterRequest
     from flows.results import register_rows
     from flows.runner import run_alone
 
     bundle = find.bundle(model, config.store)
-    request = find.register_request(config, bundle, name or preset, dataset)
+    request = RegisterRequest(
+        store=config.store,
+        resources=config.resources.evaluate,
+        model=name or preset or bundle.config.dataset.name,
+        bundle_uri=bundle.uri,
+        dataset_uri=find.dataset(dataset or bundle.config.dataset.uri, config.store, "--dataset"),
+        evaluation=config.evaluation,
+        gate=config.gate,
+        mlflow_run_id=bundle.config.mlflow_run_id,
+    )
     _show(run_alone("register", request, config.backend), register_rows, as_json)
 
 
@@ -292,9 +305,10 @@ def generate(
         store=store, name=name, count=count, first_image_id=first_image_id, labels=labels, sampler=sampler,
         steps=steps, guidance=guidance, seed=seed, format=image_format, workers=workers, backend=backend,
     )  # fmt: skip
+    from diffusion_core.catalog import find
     from diffusion_core.config import UserError
     from diffusion_core.jobs.requests import GenerateRequest
-    from flows import find, preflight
+    from flows import preflight
     from flows.results import generate_rows
     from flows.runner import run_flow
 

@@ -35,9 +35,9 @@ def export(
 ) -> None:
     """Make a bundle of a finished run with a moving average of another length, without training again."""
     from diffusion_core.bundle import bundle_digest, read_bundle_config
+    from diffusion_core.catalog import find
     from diffusion_core.training import posthoc
     from diffusion_core.training.run import RunDirectory
-    from flows import find
 
     uri = posthoc.export(RunDirectory(find.run(run, _place(store))), sigma_rel, images_seen)
     error = read_bundle_config(uri).ema_error
@@ -76,7 +76,7 @@ def lineage(
     as_json: o.Json = False,
 ) -> None:
     """Say where something comes from: image, shard, set, model version, run, dataset version, source."""
-    from flows.lineage import lineage as trace
+    from diffusion_core.catalog.lineage import lineage as trace
 
     steps = trace(reference, _place(store), image)
     if as_json:
@@ -99,14 +99,14 @@ def reproduce(
     as_json: o.Json = False,
 ) -> None:
     """Make images of a set again (default: its first one) and compare the pixels with what is recorded."""
+    from diffusion_core.catalog import find
+    from diffusion_core.catalog.reproduce import reproduce as make_again
     from diffusion_core.generation.imageset import open_imageset
-    from flows import find
-    from flows import lineage as origins
 
     place = _place(store)
     images = open_imageset(find.image_set(reference, place))
     ids = image or [first for first, _ in images.ranges()[:1]]
-    rows = origins.reproduce(reference, place, ids)
+    rows = make_again(reference, place, ids)
     if as_json:
         print_json(rows)
     for row in rows if not as_json else []:
@@ -121,7 +121,7 @@ def reproduce(
 
 def verify(reference: Reference, store: o.Store = None, as_json: o.Json = False) -> None:
     """Read a set, a dataset version or a bundle again and compare every digest with what is recorded."""
-    from flows.lineage import verify as check
+    from diffusion_core.catalog.verify import verify as check
 
     what, problems = check(reference, _place(store))
     if as_json:
@@ -142,7 +142,7 @@ def prune(
     """Say what the store could do without, and delete it with --yes."""
     from dataclasses import asdict
 
-    from flows import prune as pruning
+    from diffusion_core.catalog import prune as pruning
     from flows.settings import seconds
 
     found = pruning.candidates(_place(store), seconds(older_than, "--older-than"), unused)
@@ -163,8 +163,8 @@ def list_kind(
     as_json: o.Json = False,
 ) -> None:
     """List what a store holds."""
+    from diffusion_core.catalog.listing import KINDS
     from diffusion_core.config import UserError
-    from flows.listing import KINDS
 
     if kind not in KINDS:
         raise UserError(f"list {kind}: there is no such list; accepted are {', '.join(KINDS)}.")

@@ -11,9 +11,10 @@ from typing import Annotated
 from prefect import flow
 from pydantic import Field
 
+from diffusion_core.catalog import find
 from diffusion_core.jobs import requests as r
 from diffusion_core.jobs.backend import BackendConfig
-from flows import artifacts, find, preflight
+from flows import artifacts, preflight
 from flows.config import PipelineConfig
 from flows.results import PipelineResult
 from flows.tasks import Stages

@@ -240,12 +240,6 @@ class ImageSet:
         sha256 = record["images"][image_id - shard.first_image_id]
         return Located(image_id, None if label is None else int(label[0]), shard, sha256, record)
 
-    def verify(self) -> list[str]:
-        """Recompute every digest; one sentence per difference, naming the image or shard. Empty: all is as recorded."""
-        from diffusion_core.generation.verify import verify
-
-        return list(verify(self))
-
     def content(self, shard: Shard) -> ShardContent:
         """What is stored of a shard. `FileNotFoundError` if a file of it is missing."""
         return decode(self.generation.format, self._read_files(shard))

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from diffusion_core.bundle import bundle_digest, read_bundle_config
+from diffusion_core.catalog.verify import verify_imageset
 from diffusion_core.config import UserError
 from diffusion_core.generation import GenerationConfig, open_imageset
 from diffusion_core.generation.imageset import ImageSet, describe
@@ -110,7 +111,7 @@ def test_the_job_is_ended_midway_and_run_again(ray_cluster, tmp_path, store, bun
     after = committed(images)
     assert {key: after[key] for key in before} == before, "a committed shard was written again"
     assert files_of(images) == uninterrupted
-    assert images.verify() == []
+    assert verify_imageset(images) == []
 
 
 def test_two_jobs_at_once_make_one_set(ray_cluster, tmp_path, store, bundle, uninterrupted):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from diffusion_core.catalog import prune
 from diffusion_core.config import UserError
 from diffusion_core.jobs import backend
 from diffusion_core.jobs.backend import BackendConfig, BackendKind, JobFailed, LocalJob, run_job
@@ -20,7 +21,6 @@ from diffusion_core.jobs.requests import GenerateRequest, GenerateResult
 from diffusion_core.progress import ProgressEvent
 from diffusion_core.store import Directory
 from diffusion_core.store.patience import StoreUnavailable
-from flows import prune
 
 REQUEST = {"model": "models:/digits@champion"}
 RESULT = GenerateResult(

@@ -59,7 +59,8 @@ def test_settings_are_shown_without_the_heavy_libraries():
 
 
 def test_ctrl_c_ends_with_a_sentence_and_its_own_status(monkeypatch, capsys, tmp_path):
-    from flows import cli, listing
+    from diffusion_core.catalog import listing
+    from flows import cli
 
     def interrupted(store: str) -> list[dict[str, object]]:
         raise KeyboardInterrupt

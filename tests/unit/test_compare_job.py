@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from diffusion_core.bundle import bundle_digest, load_bundle
+from diffusion_core.catalog import listing, prune
 from diffusion_core.config import UserError
 from diffusion_core.diffusion import build_sampler, make_process
 from diffusion_core.diffusion.config import GuidanceConfig, ProcessConfig, SamplerConfig, SamplerKind
@@ -25,7 +26,6 @@ from diffusion_core.jobs.compare_cell import Count, counted
 from diffusion_core.jobs.requests import CompareRequest
 from diffusion_core.jobs.rows import WorkersDied
 from diffusion_core.store import Directory
-from flows import listing, prune
 from tests.evaluated import pictures_dataset
 from tests.tiny_bundle import tiny_bundle
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from diffusion_core.bundle import RECORD
+from diffusion_core.catalog.find import MANIFEST
 from diffusion_core.store import Directory
-from flows.find import MANIFEST
 
 Row = dict[str, Any]
 

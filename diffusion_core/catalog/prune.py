@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diffusion_core.bundle import RECORD, read_bundle_config
+from diffusion_core.catalog import listing
+from diffusion_core.catalog.find import MANIFEST
 from diffusion_core.config import UserError
 from diffusion_core.store import Directory
-from flows import listing
-from flows.find import MANIFEST
 
 _JOB_TIME = re.compile(r"-(\d{8}-\d{6})-[0-9a-f]+$")
 

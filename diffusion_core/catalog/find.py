@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from diffusion_core.bundle import RECORD, BundleConfig, read_bundle_config
 from diffusion_core.config import UserError
-from diffusion_core.jobs.requests import RegisterRequest
 from diffusion_core.store import Directory
-from flows.config import PipelineConfig
 
 MANIFEST = "manifest.json"
 
@@ -85,20 +85,24 @@ def image_set(reference: str, store: str) -> str:
     return (Directory(store) / f"images/{reference.strip('/')}").uri
 
 
-def register_request(
-    config: PipelineConfig, found: FoundBundle, name: str | None, dataset_ref: str | None
-) -> RegisterRequest:
-    """The request that registers a bundle, under the name of its dataset unless another is given."""
-    return RegisterRequest(
-        store=config.store,
-        resources=config.resources.evaluate,
-        model=name or found.config.dataset.name,
-        bundle_uri=found.uri,
-        dataset_uri=dataset(dataset_ref or found.config.dataset.uri, config.store, "--dataset"),
-        evaluation=config.evaluation,
-        gate=config.gate,
-        mlflow_run_id=found.config.mlflow_run_id,
-    )
+def registered_copy(digest: str, store: str) -> str | None:
+    """Where the registry has a bundle of this digest; None if it has none."""
+    from diffusion_core.tracking import resolve_model
+
+    for row in registered_versions(digest, store):
+        with suppress(UserError):
+            return resolve_model(f"models:/{row['name']}/{row['version']}", store).bundle_uri
+    return None
+
+
+def registered_versions(digest: str, store: str) -> list[dict[str, Any]]:
+    """The registered versions of a bundle, as `tracking.list_models` tells them; none if the registry is away."""
+    from diffusion_core.tracking import list_models
+
+    try:
+        return [row for row in list_models(store) if row["tags"].get("bundle_digest") == digest]
+    except UserError:  # the registry is away: the chain of files stands without it
+        return []
 
 
 def _run(reference: str, store: str) -> Directory:

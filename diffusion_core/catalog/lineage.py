@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from diffusion_core.bundle import RECORD, bundle_digest, read_bundle_config, verify_bundle
+from diffusion_core.bundle import RECORD, bundle_digest, read_bundle_config
+from diffusion_core.catalog import find
 from diffusion_core.config import UserError
 from diffusion_core.store import Directory
-from flows import find
 
 if TYPE_CHECKING:
     from diffusion_core.generation.imageset import ImageSet
@@ -73,7 +73,7 @@ def _of_images(uri: str, store: str, image_id: int | None) -> Iterator[Step]:
     }
     bundle = described.bundle_uri
     if not Directory(bundle).exists(RECORD):  # the run was pruned, but the registry keeps a copy of its models
-        bundle = _registered_copy(described.bundle_digest, store) or bundle
+        bundle = find.registered_copy(described.bundle_digest, store) or bundle
     if Directory(bundle).exists(RECORD):
         yield from _registered(described.bundle_digest, store)
         yield from _of_bundle(bundle)
@@ -145,106 +145,5 @@ def _model_versions(images: ImageSet) -> list[str]:
 
 def _registered(digest: str, store: str) -> Iterator[Step]:
     """The registered versions of a bundle."""
-    for row in _versions_of(digest, store):
+    for row in find.registered_versions(digest, store):
         yield {"what": "model version", "id": f"{row['name']}/{row['version']}", "aliases": row["aliases"]}
-
-
-def _registered_copy(digest: str, store: str) -> str | None:
-    from diffusion_core.tracking import resolve_model
-
-    for row in _versions_of(digest, store):
-        with suppress(UserError):
-            return resolve_model(f"models:/{row['name']}/{row['version']}", store).bundle_uri
-    return None
-
-
-def _versions_of(digest: str, store: str) -> list[dict[str, Any]]:
-    from diffusion_core.tracking import list_models
-
-    try:
-        return [row for row in list_models(store) if row["tags"].get("bundle_digest") == digest]
-    except UserError:  # the registry is away: the chain of files stands without it
-        return []
-
-
-def reproduce(reference: str, store: str, image_ids: Sequence[int]) -> list[Step]:
-    """Make images of a set again, on this machine, and compare their pixels with what is recorded.
-
-    Returns:
-        Per image its id, both digests and whether they are the same.
-
-    Raises:
-        UserError: the set, an image of it, or its model is gone.
-    """
-    import numpy as np
-
-    from diffusion_core.bundle import load_bundle
-    from diffusion_core.generation.formats import pixel_digest
-    from diffusion_core.generation.imageset import open_imageset
-    from diffusion_core.generation.worker import Generator
-
-    images = open_imageset(find.image_set(reference, store))
-    located = [images.locate(image_id) for image_id in image_ids]
-    wanted, uri = images.description.bundle_digest, images.description.bundle_uri
-    if not Directory(uri).exists(RECORD):
-        uri = _registered_copy(wanted, store) or uri
-    bundle = load_bundle(uri, _device(located[0].record["made_on"]))
-    if bundle.digest != wanted:
-        raise UserError(f"The set {images.uri} was made by the bundle {wanted}, but {uri} now holds {bundle.digest}.")
-    guides = dict(images.generation.guidance.models)
-    for name, guide in images.description.guides.items():
-        if not Directory(guides[name]).exists(RECORD):
-            guides[name] = _registered_copy(guide["digest"], store) or guides[name]
-    generator = Generator(bundle, images.guided_by(guides), next(bundle.network.parameters()).device)
-    ids = np.array(image_ids, dtype=np.int64)
-    made = generator.images(ids, images.labels.of(ids))
-    return [
-        {
-            "image_id": item.image_id,
-            "same": pixel_digest(image) == item.sha256,
-            "sha256": pixel_digest(image),
-            "recorded": item.sha256,
-            "made_on": generator.made_on,
-            "recorded_on": item.record["made_on"],
-        }
-        for item, image in zip(located, made, strict=True)
-    ]
-
-
-def _device(made_on: str) -> str:
-    """The kind of device that the images were made on, if this machine has one."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() and "NVIDIA" in made_on else "cpu"
-
-
-def verify(reference: str, store: str) -> tuple[str, list[str]]:
-    """Read a set, a dataset version or a bundle again and compare it with what is recorded.
-
-    Returns:
-        What was verified, and one sentence for each difference.
-    """
-    images = find.image_set(reference, store)
-    if Directory(images).exists("set.json"):
-        from diffusion_core.generation.imageset import open_imageset
-
-        return f"image set {images}", open_imageset(images).verify()
-    bundle = _bundle_or_none(reference, store)
-    if bundle is not None:
-        try:
-            return f"bundle {bundle}, digest {verify_bundle(bundle)}", []
-        except UserError as error:
-            return f"bundle {bundle}", [str(error)]
-    from diffusion_core.data.shards import open_dataset
-
-    dataset = open_dataset(find.dataset(reference, store, "verify"))
-    return f"dataset version {dataset.uri}", [f"{key} {problem}." for key, problem in dataset.verify() if problem]
-
-
-def _bundle_or_none(reference: str, store: str) -> str | None:
-    if reference.startswith("models:"):
-        return find.bundle_uri(reference, store)
-    with suppress(UserError):
-        uri = find.bundle_uri(reference, store)
-        return uri if Directory(uri).exists(RECORD) else None
-    return None

@@ -1,21 +1,59 @@
-"""Does an image set still hold what it recorded? Every digest is computed again."""
+"""Does a set, a dataset version or a bundle still hold what it recorded? Every digest is computed again."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
+from diffusion_core.bundle import RECORD, verify_bundle
+from diffusion_core.catalog import find
+from diffusion_core.config import UserError
+from diffusion_core.data.shards import open_dataset
 from diffusion_core.generation.formats import ShardContent, data_digest, data_keys, decode, pixel_digest
-from diffusion_core.generation.imageset import ImageSet
+from diffusion_core.generation.imageset import ImageSet, open_imageset
 from diffusion_core.generation.plan import Extension, Shard, read_extensions
+from diffusion_core.store import Directory
 from diffusion_core.store.patience import StoreUnavailable
 
 
-def verify(images: ImageSet) -> Iterator[str]:
-    """One sentence per difference between what is stored and what is recorded."""
+def verify(reference: str, store: str) -> tuple[str, list[str]]:
+    """Read a set, a dataset version or a bundle again and compare it with what is recorded.
+
+    Returns:
+        What was verified, and one sentence for each difference.
+    """
+    images = find.image_set(reference, store)
+    if Directory(images).exists("set.json"):
+        return f"image set {images}", verify_imageset(open_imageset(images))
+    bundle = _bundle_or_none(reference, store)
+    if bundle is not None:
+        try:
+            return f"bundle {bundle}, digest {verify_bundle(bundle)}", []
+        except UserError as error:
+            return f"bundle {bundle}", [str(error)]
+    dataset = open_dataset(find.dataset(reference, store, "verify"))
+    return f"dataset version {dataset.uri}", [f"{key} {problem}." for key, problem in dataset.verify() if problem]
+
+
+def verify_imageset(images: ImageSet) -> list[str]:
+    """Recompute every digest; one sentence per difference, naming the image or shard. Empty: all is as recorded."""
+    return list(_differences(images))
+
+
+def _bundle_or_none(reference: str, store: str) -> str | None:
+    if reference.startswith("models:"):
+        return find.bundle_uri(reference, store)
+    with suppress(UserError):
+        uri = find.bundle_uri(reference, store)
+        return uri if Directory(uri).exists(RECORD) else None
+    return None
+
+
+def _differences(images: ImageSet) -> Iterator[str]:
     for extension in read_extensions(images.directory):
         manifest = None
         if images.directory.exists(extension.manifest_key):
