@@ -163,7 +163,7 @@ def train(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Option("--model", help="Bundle, run, or models:/name@alias to measure.")],
+    model: Annotated[str, typer.Option("--model", help="Model to measure: name@alias, name/version, run or bundle.")],
     preset: o.Preset = None,
     config_file: o.ConfigFile = None,
     settings: o.Settings = None,
@@ -200,7 +200,7 @@ def evaluate(
 
 @app.command()
 def compare_samplers(
-    model: Annotated[str, typer.Option("--model", help="Bundle, run, or models:/name@alias whose samplers compete.")],
+    model: Annotated[str, typer.Option("--model", help="Model whose samplers compete: name@alias, run or bundle.")],
     preset: o.Preset = None,
     config_file: o.ConfigFile = None,
     settings: o.Settings = None,
@@ -280,7 +280,7 @@ def register(
 @app.command()
 def generate(
     model: Annotated[
-        str | None, typer.Option("--model", help="models:/name@alias, models:/name/version, or a bundle.")
+        str | None, typer.Option("--model", help="Model: name@alias, name/version, run or bundle.")
     ] = None,
     preset: o.Preset = None,
     config_file: o.ConfigFile = None,
@@ -313,7 +313,7 @@ def generate(
     from flows.runner import run_flow
 
     if model is None and not (preset or config_file or name):
-        raise UserError("--model: a model is needed, as models:/digits@champion, or --name of a registered model.")
+        raise UserError("--model: a model is needed, as digits@champion, or --name of a registered model.")
     reference = find.model_reference(model or f"models:/{config.name}@champion", config.store)
     request = GenerateRequest(
         store=config.store, resources=config.resources.generate, model=reference, generation=config.generation

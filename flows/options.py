@@ -31,12 +31,14 @@ Source = Annotated[
 ImageSize = Annotated[
     str | None, typer.Option("--image-size", help="Size in pixels, as 32, or height and width, as 32x48.")
 ]
-Dataset = Annotated[str | None, typer.Option("--dataset", help="Dataset version: name, name/version or URI.")]
+Dataset = Annotated[
+    str | None, typer.Option("--dataset", help="Dataset: name (its newest version), name@version, or URI.")
+]
 Images = Annotated[str | None, typer.Option("--images", metavar="N", help="Train until this many images were seen.")]
 TimeBudget = Annotated[str | None, typer.Option("--time-budget", help="Stop training after this time, as 20m or 1200.")]
 BatchSize = Annotated[str | None, typer.Option("--batch-size", metavar="N", help="Images of one optimizer step.")]
 InitFrom = Annotated[
-    str | None, typer.Option("--init-from", help="Bundle or models:/name@alias to start training from.")
+    str | None, typer.Option("--init-from", help="Model to start training from: name@alias, run or bundle.")
 ]
 Workers = Annotated[str | None, typer.Option("--workers", metavar="N", help="Workers of each stage.")]
 Samples = Annotated[str | None, typer.Option("--samples", metavar="N", help="Images that the evaluation generates.")]

@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from diffusion_core.bundle import bundle_digest, read_bundle_config
+from diffusion_core.catalog import find
 from diffusion_core.config import UserError
 from diffusion_core.generation import tables
 from diffusion_core.generation.config import GenerationConfig
@@ -157,12 +158,8 @@ def generate(
 
 def _resolve(model: str, store: str) -> tuple[str, str]:
     """URI of the bundle that a reference means, and the version by which to call it."""
-    if not model.startswith("models:/"):
-        return model, bundle_digest(model)
-    from diffusion_core.tracking import resolve_model
-
-    resolved = resolve_model(model, store)
-    return resolved.bundle_uri, resolved.version
+    resolved = find.model(model, store)
+    return resolved.bundle_uri, resolved.version if resolved.name else resolved.digest
 
 
 def _say_what_continues(images: ImageSet, wanted: Range) -> None:

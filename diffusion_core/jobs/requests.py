@@ -122,7 +122,7 @@ class RegisterResult(Result):
 
 
 class GenerateRequest(Request):
-    model: str = Field(description="models:/name@alias, models:/name/version, or the URI of a bundle.")
+    model: str = Field(description="Model: name@alias, name/version, a run, or the URI of a bundle.")
     generation: GenerationConfig = GenerationConfig()
 
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from diffusion_core.catalog import find
 from diffusion_core.config import UserError
 from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.record import record_afterwards, recorded_mlflow_run
@@ -81,11 +82,7 @@ def run(request: TrainRequest) -> TrainResult:
 def _resolved(request: TrainRequest) -> str | None:
     """The URI of the bundle to start from, if any."""
     reference = request.training.init_from
-    if reference is None or not reference.startswith("models:/"):
-        return reference
-    from diffusion_core.tracking import resolve_model
-
-    return resolve_model(reference, request.store).bundle_uri
+    return None if reference is None else find.bundle_uri(reference, request.store)
 
 
 def _train_or_watch(

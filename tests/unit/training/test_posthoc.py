@@ -332,7 +332,7 @@ def test_the_command_exports_it(finished, capsys):
     schema = pipeline.export_average.parameters.model_dump()
     assert schema["properties"]["sigma_rel"]["maximum"] == 0.28 and "images_seen" not in schema["required"]
     assert main(["export", "nothing", "--sigma-rel", "0.2", "--store", store]) == 2
-    assert f"There is no run nothing; the runs of the store {store} are: {run.run_id}." in capsys.readouterr().err
+    assert f"There is no run nothing; the runs are: {run.run_id}." in capsys.readouterr().err
 
 
 def test_what_cannot_be_made_is_told(finished, dataset, tmp_path):
