@@ -10,7 +10,7 @@ from diffusion_core.stages import pipeline
 from diffusion_core.stages.config import PipelineConfig
 from diffusion_core.stages.pipeline import STEPS, PipelineResult
 from flows import artifacts
-from flows.runner import check_unless_done
+from flows.checked import check_unless_done
 from flows.stages import run_stage
 
 
