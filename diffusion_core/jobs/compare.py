@@ -40,12 +40,14 @@ from diffusion_core.jobs.rows import WorkersDied, on_cluster
 from diffusion_core.jobs.tally import tallied
 from diffusion_core.progress import Progress
 from diffusion_core.store import Directory, layout
+from diffusion_core.store.commit import RecordKind
 from diffusion_core.store.turns import one_at_a_time
 
 if TYPE_CHECKING:
     from diffusion_core.evaluation.features import Reference
 
 REPORT, TABLE, PICTURE = layout.COMPARISON, layout.COMPARISON_TABLE, layout.COMPARISON_PICTURE
+_RECORD = RecordKind(REPORT, "a view of a comparison", 1)
 _ALGORITHM = 1  # raised when the figures are computed differently
 _VIEW = 3  # raised when table or picture look different
 
@@ -139,7 +141,7 @@ def run(request: CompareRequest) -> CompareResult:
             bench.directory.create_json(layout.ABOUT, _about(bench))
             made = _make(bench, bench.missing(), request.resources)
             _show(_found(bench, reference), view)
-    found = Comparison.model_validate(view.read_json(REPORT))
+    found = Comparison.model_validate(_RECORD.read(view))
     if found.verdict:
         logger.info(found.verdict.sentence)
     return CompareResult(
@@ -276,9 +278,8 @@ def _show(found: Comparison, view: Directory) -> None:
     """Write the view: picture and table, and the report last."""
     from diffusion_core.evaluation.chart import picture
 
-    view.create(PICTURE, picture(found))
-    view.create(TABLE, document(found, PICTURE).encode())
-    view.create_json(REPORT, found.model_dump(mode="json"))
+    files = {PICTURE: picture(found), TABLE: document(found, PICTURE).encode()}
+    _RECORD.commit(view, files, found.model_dump(mode="json"))
 
 
 def _found(bench: _Bench, reference: Reference) -> Comparison:
