@@ -8,8 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from flows import options as o
-
-DEFAULT_STORE = "store"
+from flows.options import DEFAULT_STORE, print_json
 
 Reference = Annotated[
     str, typer.Argument(help="Set, model, bundle, run or dataset: its URI, its id, or models:/name@alias.")
@@ -19,34 +18,9 @@ ModelName = Annotated[str, typer.Argument(help="Name of the registered model.")]
 
 def add_to(app: typer.Typer) -> None:
     """Give the command its verbs."""
-    for verb in (export, promote, rollback, lineage, reproduce, verify, prune):
+    for verb in (promote, rollback, lineage, reproduce, verify, prune):
         app.command()(verb)
     app.command(name="list")(list_kind)
-
-
-def export(
-    run: Annotated[str, typer.Argument(help="Run, by its id or URI, that was trained with training.ema=power.")],
-    sigma_rel: Annotated[float, typer.Option("--sigma-rel", help="Relative width of the average, 0.01 to 0.28.")],
-    images_seen: Annotated[
-        int | None, typer.Option("--images-seen", help="At which end of training; default: the last one.")
-    ] = None,
-    store: o.Store = None,
-    as_json: o.Json = False,
-) -> None:
-    """Make a bundle of a finished run with a moving average of another length, without training again."""
-    from diffusion_core.bundle import bundle_digest, read_bundle_config
-    from diffusion_core.catalog import find
-    from diffusion_core.training import posthoc
-    from diffusion_core.training.run import RunDirectory
-
-    uri = posthoc.export(RunDirectory(find.run(run, _place(store))), sigma_rel, images_seen)
-    error = read_bundle_config(uri).ema_error
-    if as_json:
-        print_json({"bundle_uri": uri, "digest": bundle_digest(uri), "ema_error": error})
-        return
-    typer.echo(uri)
-    if error is not None:
-        typer.echo(f"The profile of the average is made with an error of {100 * error:.1f} %.", err=True)
 
 
 def promote(
@@ -143,7 +117,7 @@ def prune(
     from dataclasses import asdict
 
     from diffusion_core.catalog import prune as pruning
-    from flows.settings import seconds
+    from diffusion_core.stages.settings import seconds
 
     found = pruning.candidates(_place(store), seconds(older_than, "--older-than"), unused)
     for candidate in found if yes else []:
@@ -168,7 +142,7 @@ def list_kind(
 
     if kind not in KINDS:
         raise UserError(f"list {kind}: there is no such list; accepted are {', '.join(KINDS)}.")
-    from flows.preflight import check_readable
+    from diffusion_core.stages.checks import check_readable
 
     check_readable(_place(store))
     rows = KINDS[kind](_place(store))
@@ -176,10 +150,6 @@ def list_kind(
         print_json(rows)
     else:
         typer.echo(_table(rows) or f"no {kind} in {_place(store)}")
-
-
-def print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def _place(store: str | None) -> str:

@@ -13,8 +13,8 @@ from diffusion_core.generation import GenerationConfig, open_imageset
 from diffusion_core.generation.plan import Shard
 from diffusion_core.generation.verify import verify
 from diffusion_core.generation.worker import ShardWorker
-from diffusion_core.jobs.generate import generate
-from diffusion_core.jobs.requests import Resources
+from diffusion_core.jobs.request import Resources
+from diffusion_core.stages.work.generate import generate
 from diffusion_core.store import Directory, StoreFull
 from tests.tiny_bundle import tiny_bundle
 

@@ -20,8 +20,9 @@ from diffusion_core.generation.imageset import ImageSet, describe
 from diffusion_core.generation.plan import Shard, ShardTask
 from diffusion_core.generation.verify import verify
 from diffusion_core.generation.worker import ShardWorker
-from diffusion_core.jobs.generate import DIED, generate
-from diffusion_core.jobs.requests import GenerateRequest, GenerateResult, Resources
+from diffusion_core.jobs.request import Resources
+from diffusion_core.stages.generate import GenerateRequest, GenerateResult
+from diffusion_core.stages.work.generate import DIED, generate
 from tests.tiny_bundle import tiny_bundle
 
 CONFIG = GenerationConfig.model_validate(
@@ -68,7 +69,7 @@ def start(store: str, folder: Path, bundle: str, config: GenerationConfig = CONF
     folder.mkdir(parents=True)
     request = GenerateRequest(store=store, model=bundle, generation=config, resources=Resources(workers=2))
     (folder / "request.json").write_text(request.model_dump_json())
-    command = [sys.executable, "-m", "diffusion_core.jobs.generate", str(folder / "request.json")]
+    command = [sys.executable, "-m", "diffusion_core.stages", "generate", str(folder / "request.json")]
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from diffusion_core.config import UserError, digest
 from diffusion_core.generation import GenerationConfig, open_imageset
 from diffusion_core.generation.verify import verify
-from diffusion_core.jobs.generate import generate, run
-from diffusion_core.jobs.requests import GenerateRequest, GenerateResult, Resources
+from diffusion_core.jobs.request import Resources
 from diffusion_core.jobs.rows import on_cluster
 from diffusion_core.progress import parse_progress
+from diffusion_core.stages.generate import GenerateRequest, GenerateResult, run
+from diffusion_core.stages.work.generate import generate
 from diffusion_core.store import Directory
 from diffusion_core.store.layout import BUNDLE, WEIGHTS
 from tests.tiny_bundle import tiny_bundle
@@ -36,7 +37,7 @@ def request_for(store: str, bundle: str, workers: int = 2, **generation) -> Gene
 
 def run_program(request: GenerateRequest, folder: Path) -> subprocess.CompletedProcess[str]:
     (folder / "request.json").write_text(request.model_dump_json())
-    command = [sys.executable, "-m", "diffusion_core.jobs.generate", str(folder / "request.json")]
+    command = [sys.executable, "-m", "diffusion_core.stages", "generate", str(folder / "request.json")]
     return subprocess.run(command, capture_output=True, text=True, timeout=180)
 
 

@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
+from diffusion_core.stages.registry import STAGES
 from diffusion_core.store.patience import StoreUnavailable
 from flows import cli
 
 HEAVY = ("torch", "ray", "prefect", "mlflow", "pandas", "pyarrow", "numpy", "pydantic", "boto3", "sklearn", "scipy")
-VERBS = ["demo", "shard", "train", "evaluate", "compare-samplers", "register", "generate", "pipeline"]
-VERBS += ["config", "stack", "list"]
-SHORT_VERBS = ["export", "promote", "rollback", "lineage", "reproduce", "verify", "prune"]
+VERBS = ["demo", "pipeline", *(entry.verb for entry in STAGES.values()), "config", "stack", "list"]
+SHORT_VERBS = ["promote", "rollback", "lineage", "reproduce", "verify", "prune"]
 PROGRAM = """
 import json, resource, sys
 from flows.cli import main

@@ -15,6 +15,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from diffusion_core.stages.registry import STAGES
+
 ROOT = Path(__file__).parent.parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONSTRAINTS = (ROOT / "infra" / "constraints.txt").read_text()
@@ -120,7 +122,8 @@ LOADED = "import sys, {module}; print(*sorted(set(sys.modules) & set(sys.argv[1:
 
 LIGHT = (
     "diffusion_core", "diffusion_core.config", "diffusion_core.store", "diffusion_core.progress",
-    "diffusion_core.jobs.requests", "diffusion_core.jobs.protocol",
+    "diffusion_core.jobs.request", "diffusion_core.jobs.protocol", "diffusion_core.stages.registry",
+    *(f"diffusion_core.stages.{name}" for name in STAGES),
     "diffusion_core.diffusion", "diffusion_core.networks", "diffusion_core.data", "diffusion_core.training",
     "diffusion_core.generation", "diffusion_core.evaluation",
 )  # fmt: skip

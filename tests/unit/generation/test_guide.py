@@ -19,7 +19,7 @@ from diffusion_core.generation.imageset import describe
 from diffusion_core.generation.labels import Labels
 from diffusion_core.generation.plan import ShardTask
 from diffusion_core.generation.worker import Generator, NonFiniteImages, ShardWorker, reproduce
-from flows.preflight import check_guidance
+from diffusion_core.stages.checks import check_guidance
 from tests.tiny_bundle import tiny_bundle
 
 BALANCED = Labels(10).of

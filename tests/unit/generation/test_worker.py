@@ -15,7 +15,7 @@ from diffusion_core.generation.imageset import ImageSet
 from diffusion_core.generation.labels import Labels
 from diffusion_core.generation.plan import Shard, ShardTask
 from diffusion_core.generation.worker import Generator, NonFiniteImages, ShardWorker
-from diffusion_core.jobs import generate
+from diffusion_core.stages.work import generate
 from diffusion_core.store import Directory
 from diffusion_core.store.patience import StoreUnavailable
 

@@ -1,11 +1,9 @@
-"""The job that measures a bundle against a dataset version. Finished evaluations are found without Ray or torch."""
+"""How a bundle is measured against a dataset version. Finished evaluations are found without Ray or torch."""
 
 from __future__ import annotations
 
 import json
 import logging
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,9 +14,8 @@ from diffusion_core.data.shards import ImageDataset, open_dataset
 from diffusion_core.evaluation.config import EvaluationConfig, EvaluationLabels, check_held_out_figures
 from diffusion_core.evaluation.identity import extractor_identity
 from diffusion_core.generation.config import GenerationConfig
-from diffusion_core.jobs.guide import guide_digests, with_guides_found
-from diffusion_core.jobs.protocol import main
-from diffusion_core.jobs.requests import EvaluateRequest, EvaluateResult, Resources
+from diffusion_core.jobs.request import Resources
+from diffusion_core.stages.work.guide import guide_digests, with_guides_found
 from diffusion_core.store import Directory, layout
 from diffusion_core.store.commit import RecordKind
 from diffusion_core.store.turns import one_at_a_time
@@ -57,21 +54,6 @@ class Evaluation:
         return Features.from_bytes(self.directory.read(FEATURES))
 
 
-def run(request: EvaluateRequest) -> EvaluateResult:
-    """Evaluate, and attach the figures to the MLflow run."""
-    started = time.monotonic()
-    done = evaluate(request.store, request.bundle_uri, request.dataset_uri, request.evaluation, request.resources)
-    if request.mlflow_run_id:
-        attach(request.store, done, request.mlflow_run_id)
-    return EvaluateResult(
-        seconds=time.monotonic() - started,
-        reused=done.reused,
-        uri=done.uri,
-        figures=done.report["figures"],
-        floor=done.report["floor"],
-    )
-
-
 def evaluate(
     store: str, bundle_uri: str, dataset_uri: str, config: EvaluationConfig, resources: Resources
 ) -> Evaluation:
@@ -104,7 +86,7 @@ def evaluate(
     with one_at_a_time(store, "evaluate", evaluation_id):
         reused = directory.exists(REPORT)  # another job may have made it meanwhile
         if not reused:
-            from diffusion_core.jobs.generate import generate
+            from diffusion_core.stages.work.generate import generate
 
             generation = generation_of(config, bundle, dataset)
             images = generate(bundle_uri, generation, store, resources, stage="samples to evaluate").images
@@ -237,7 +219,3 @@ def _blocks(images: ImageSet, samples: int) -> Iterator[tuple[np.ndarray, np.nda
 
 def _size(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
-
-
-if __name__ == "__main__":
-    sys.exit(main("evaluate", EvaluateRequest, run))

@@ -1,4 +1,4 @@
-"""The job that registers a bundle and decides whether it becomes the champion.
+"""How a bundle becomes a model version, and whether it becomes the champion.
 
 One gate at a time per model, whoever starts it: the lease is in the store. A gate that died is succeeded by the next.
 """
@@ -6,8 +6,6 @@ One gate at a time per model, whoever starts it: the lease is in the store. A ga
 from __future__ import annotations
 
 import logging
-import sys
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +14,9 @@ from diffusion_core.config import UserError
 from diffusion_core.data.shards import open_dataset
 from diffusion_core.evaluation.config import EvaluationConfig, GateConfig
 from diffusion_core.evaluation.identity import distance_name
-from diffusion_core.jobs.evaluate import Evaluation, check_comparable, evaluate, samples_of
-from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.record import mlflow_run_of
-from diffusion_core.jobs.requests import RegisterRequest, RegisterResult
+from diffusion_core.stages.register import RegisterRequest
+from diffusion_core.stages.work.evaluate import Evaluation, check_comparable, evaluate, samples_of
 from diffusion_core.store import Directory, layout
 from diffusion_core.store.lease import Lease, acquire
 from diffusion_core.store.turns import Waiting
@@ -39,12 +36,14 @@ class Verdict:
     computed: bool = True
 
 
-def run(request: RegisterRequest) -> RegisterResult:
+def register(request: RegisterRequest) -> tuple[int, Verdict, bool]:
     """Register the bundle as a version, alias `candidate`; `champion` if the gate lets it pass.
 
     A bundle that has a version keeps it, and evaluations that are done are found, so that doing it again is quick.
+
+    Returns:
+        The version, what the gate decided, and whether anything was new.
     """
-    started = time.monotonic()
     dataset = open_dataset(request.dataset_uri)
     samples_of(request.evaluation, dataset)
     check_comparable(read_bundle_config(request.bundle_uri), dataset)
@@ -54,15 +53,7 @@ def run(request: RegisterRequest) -> RegisterResult:
         version, created = _register(request)
         verdict, promoted_now = _gate(request, version, lease)
     logger.info("%s version %d: %s", request.model, version, verdict.reason)
-    return RegisterResult(
-        seconds=time.monotonic() - started,
-        reused=not created and not promoted_now and not verdict.computed,
-        model=request.model,
-        version=version,
-        promoted=verdict.passed,
-        reason=verdict.reason,
-        figures=verdict.figures,
-    )
+    return version, verdict, created or promoted_now or verdict.computed
 
 
 def _register(request: RegisterRequest) -> tuple[int, bool]:
@@ -182,7 +173,3 @@ def difference_interval(request: RegisterRequest, candidate: Evaluation, champio
     tail = (1 - request.gate.confidence) / 2
     low, high = np.quantile(differences, [tail, 1 - tail])
     return float(low), float(high)
-
-
-if __name__ == "__main__":
-    sys.exit(main("register", RegisterRequest, run))

@@ -1,4 +1,4 @@
-"""The job that turns a source of images into a dataset version: `python -m diffusion_core.jobs.shard <request URI>`.
+"""How a source of images becomes a dataset version.
 
 Pass 1 hashes the source and finds the version's name. If that version exists, nothing else happens and Ray is not even
 imported. Pass 2 makes the shards with Ray Data, one row of work for each shard: a worker reads the items of its shard
@@ -12,8 +12,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import sys
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
@@ -41,10 +39,10 @@ from diffusion_core.data.sources.hashed import SourceChanged
 from diffusion_core.data.sources.listing import SourceFile
 from diffusion_core.data.spool import positions_of_items, spool_chunk, spool_chunks
 from diffusion_core.jobs.cluster import ray_session
-from diffusion_core.jobs.protocol import main
-from diffusion_core.jobs.requests import Resources, ShardRequest, ShardResult
+from diffusion_core.jobs.request import Resources
 from diffusion_core.jobs.rows import WorkersDied, on_cluster, survives
 from diffusion_core.progress import Progress
+from diffusion_core.stages.shard import ShardRequest
 from diffusion_core.store import Directory, layout
 from diffusion_core.store.patience import StoreUnavailable
 from diffusion_core.store.turns import one_at_a_time
@@ -55,14 +53,16 @@ _FILES_A_TASK = 500
 log = logging.getLogger(__name__)
 
 
-def run(request: ShardRequest) -> ShardResult:
+def make_dataset(request: ShardRequest) -> tuple[ImageDataset, bool]:
     """Make the dataset version that the request describes, or find it.
+
+    Returns:
+        The dataset version, and whether it was found.
 
     Raises:
         UserError: the source is absent, empty, not what it is said to be, changes meanwhile, or too much of it had to
             be rejected.
     """
-    began = time.monotonic()
     source = open_source(request.source)
     source.limit(request.dataset.max_file_mb << 20)
     home = Directory(request.store) / layout.dataset(request.dataset.name)
@@ -86,15 +86,7 @@ def run(request: ShardRequest) -> ShardResult:
     if layout.WORK in directory.children():
         with suppress(OSError, StoreUnavailable):  # another job at the same version may be clearing up too
             (directory / layout.WORK).delete_tree()
-    return ShardResult(
-        seconds=time.monotonic() - began,
-        reused=reused,
-        uri=dataset.uri,
-        version=dataset.version,
-        splits=dataset.splits,
-        rejected=dataset.manifest["rejected"]["rows"],
-        shards=len(dataset.manifest["shards"]),
-    )
+    return dataset, reused
 
 
 def _hash_source(source: Source, cache: HashCache, resources: Resources, cluster: ExitStack) -> dict[str, str]:
@@ -286,7 +278,3 @@ def _about_source(source: Source, scan: Scan, digests: dict[str, str]) -> dict[s
         "digest": digest(sorted(digests.items())),
         "config": identity(source.config),
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main("shard", ShardRequest, run))

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from diffusion_core.config import UserError, explain
 from diffusion_core.networks.config import LevelsConfig
-from flows.config import PipelineConfig
+from diffusion_core.stages.config import PipelineConfig
 
 _DURATION = re.compile(r"^(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?$")
 

@@ -1,4 +1,4 @@
-"""The job that compares samplers of one model: Fréchet distance, recall and accuracy against network evaluations.
+"""How samplers of one model are compared: Fréchet distance, recall and accuracy against network evaluations.
 
 A row of work is a cell: the images of one contestant and one seed, made and measured by one worker and never stored.
 What is stored of a cell is its figures, created if absent, so that running the job again makes only what is missing,
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
-import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -32,13 +30,13 @@ from diffusion_core.evaluation.config import ComparisonConfig, Contestant, Evalu
 from diffusion_core.evaluation.identity import classifier_identity, distance_name, extractor_identity
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.jobs.cluster import ray_session
-from diffusion_core.jobs.evaluate import check_comparable
-from diffusion_core.jobs.guide import guide_digests, with_guides_found
-from diffusion_core.jobs.protocol import main
-from diffusion_core.jobs.requests import CompareRequest, CompareResult, Resources
+from diffusion_core.jobs.request import Resources
 from diffusion_core.jobs.rows import WorkersDied, on_cluster
 from diffusion_core.jobs.tally import tallied
 from diffusion_core.progress import Progress
+from diffusion_core.stages.compare import CompareRequest
+from diffusion_core.stages.work.evaluate import check_comparable
+from diffusion_core.stages.work.guide import guide_digests, with_guides_found
 from diffusion_core.store import Directory, layout
 from diffusion_core.store.commit import RecordKind
 from diffusion_core.store.turns import one_at_a_time
@@ -47,7 +45,7 @@ if TYPE_CHECKING:
     from diffusion_core.evaluation.features import Reference
 
 REPORT, TABLE, PICTURE = layout.COMPARISON, layout.COMPARISON_TABLE, layout.COMPARISON_PICTURE
-_RECORD = RecordKind(REPORT, "a view of a comparison", 1)
+RECORD = RecordKind(REPORT, "a view of a comparison", 1)
 _ALGORITHM = 1  # raised when the figures are computed differently
 _VIEW = 3  # raised when table or picture look different
 
@@ -119,18 +117,20 @@ class _Bench:
         return [label for label, cells in self.cells.items() if keys & {cell.key for cell in cells}]
 
 
-def run(request: CompareRequest) -> CompareResult:
+def compare(request: CompareRequest) -> tuple[Directory, int]:
     """Make the cells that are missing, and table, picture and report of all that are asked for.
 
     The comparison's id, `<store>/comparisons/<id>/`, is a digest of the bundle, the dataset version, the extractor, the
     classifier and of what all cells share. Uses the Ray that is initialised, else starts one for as long as cells are
     made.
 
+    Returns:
+        Where REPORT, TABLE and PICTURE are, and how many cells were made now.
+
     Raises:
         UserError: no bundle or dataset there, images of different shapes, too few real images, a sampler that the
             model's process does not take, or workers that died at every attempt.
     """
-    started = time.monotonic()
     bench = _bench(request)
     view, made = bench.view, 0
     if not view.exists(REPORT):
@@ -141,19 +141,7 @@ def run(request: CompareRequest) -> CompareResult:
             bench.directory.create_json(layout.ABOUT, _about(bench))
             made = _make(bench, bench.missing(), request.resources)
             _show(_found(bench, reference), view)
-    found = Comparison.model_validate(_RECORD.read(view))
-    if found.verdict:
-        logger.info(found.verdict.sentence)
-    return CompareResult(
-        seconds=time.monotonic() - started,
-        reused=made == 0,
-        uri=f"{view.uri}/{REPORT}",
-        table=f"{view.uri}/{TABLE}",
-        picture=f"{view.uri}/{PICTURE}",
-        cells=len(request.comparison.contestants) * request.comparison.seeds,
-        made=made,
-        comparison=found,
-    )
+    return view, made
 
 
 def _bench(request: CompareRequest) -> _Bench:
@@ -219,7 +207,7 @@ def _make(bench: _Bench, missing: Sequence[_Cell], resources: Resources) -> int:
     """
     if not missing:
         return 0
-    from diffusion_core.jobs.compare_cell import Shared, make_cell
+    from diffusion_core.stages.work.compare_cell import Shared, make_cell
 
     shared = Shared(
         directory_uri=bench.directory.uri,
@@ -255,7 +243,7 @@ def _make(bench: _Bench, missing: Sequence[_Cell], resources: Resources) -> int:
 def _rows(bench: _Bench, cells: Sequence[_Cell]) -> list[dict[str, Any]]:
     """Rows of work, with the network evaluations that are foreseen; those that count are counted by the worker."""
     from diffusion_core.diffusion import build_sampler, make_process
-    from diffusion_core.jobs.compare_cell import padded
+    from diffusion_core.stages.work.compare_cell import padded
 
     process, computed = make_process(bench.bundle.process), padded(bench.images, bench.config.batch_size)
     rows = []
@@ -279,7 +267,7 @@ def _show(found: Comparison, view: Directory) -> None:
     from diffusion_core.evaluation.chart import picture
 
     files = {PICTURE: picture(found), TABLE: document(found, PICTURE).encode()}
-    _RECORD.commit(view, files, found.model_dump(mode="json"))
+    RECORD.commit(view, files, found.model_dump(mode="json"))
 
 
 def _found(bench: _Bench, reference: Reference) -> Comparison:
@@ -311,7 +299,3 @@ def _found(bench: _Bench, reference: Reference) -> Comparison:
         floor=Floor(images=len(held_out.values), **brief_figures(reference, held_out, bench.evaluation.neighbours)),
         verdict=verdict(config, standings, failed),
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main("compare", CompareRequest, run))

@@ -1,4 +1,4 @@
-"""The train job: Ray Train workers that continue a run from wherever the store says it is.
+"""How a run is trained: Ray Train workers that continue it from wherever the store says it is.
 
 Ray's own checkpoint manager is given nothing to manage: progress is what `<run>/checkpoints` holds. When a worker dies,
 Ray starts the group again inside the same attempt, and the group finds the newest checkpoint there, as a later attempt
@@ -11,7 +11,6 @@ import logging
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -20,14 +19,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from diffusion_core.config import UserError
-from diffusion_core.jobs.protocol import main
-from diffusion_core.jobs.record import record_afterwards, recorded_mlflow_run
-from diffusion_core.jobs.requests import Resources, TrainRequest, TrainResult
+from diffusion_core.jobs.record import recorded_mlflow_run
+from diffusion_core.jobs.request import Resources
 from diffusion_core.jobs.train_worker import PROGRESS, recorded_error, stop_key, work
 from diffusion_core.progress import Progress
+from diffusion_core.stages.train import TrainRequest
 from diffusion_core.store.lease import FAILED, Held, Lease, claim
 from diffusion_core.store.patience import StoreUnavailable, patience
-from diffusion_core.training.run import INTERRUPTED, RunDirectory, TrainOutcome, TrainSpec, open_run
+from diffusion_core.training.run import INTERRUPTED, RunDirectory, TrainOutcome
 
 logger = logging.getLogger(__name__)
 
@@ -46,86 +45,52 @@ class TrainingError(RuntimeError):
     """The workers failed more often than resources.max_failures allows."""
 
 
-def run(request: TrainRequest) -> TrainResult:
-    """Train, or continue, or find it done.
+def train_or_watch(request: TrainRequest, place: RunDirectory, start: str | None) -> tuple[TrainOutcome, bool]:
+    """Train a run until it is long enough, or watch the job that does.
+
+    Args:
+        start: URI of the bundle to start from, if any.
+
+    Returns:
+        The outcome, and whether another job made it.
 
     Raises:
-        UserError: what to train does not fit together, the loss is not finite any more, or the cluster is too small.
+        UserError: the loss is not finite any more, or the cluster is too small.
         TrainingError: workers died too often.
     """
-    began = time.monotonic()
-    spec = TrainSpec(
-        dataset_uri=request.dataset_uri,
-        process=request.process,
-        network=request.network,
-        training=request.training,
-    )
-    start = _resolved(request)
-    place = open_run(request.store, spec, start)
-    outcome, reused = place.finished(spec.training), True
-    if outcome is None:
-        outcome, reused = _train_or_watch(request, spec, place, start)
-    return TrainResult(
-        seconds=time.monotonic() - began,
-        reused=reused,
-        run_id=place.run_id,
-        run_uri=place.directory.uri,
-        bundle_uri=place.bundle(outcome.images_seen).uri,
-        images_seen=outcome.images_seen,
-        loss=outcome.loss,
-        images_per_second=outcome.images_per_second,
-        mlflow_run_id=outcome.mlflow_run_id or record_afterwards(request.store, place, request.experiment),
-    )
-
-
-def _resolved(request: TrainRequest) -> str | None:
-    """The URI of the bundle to start from, if any."""
-    reference = request.training.init_from
-    if reference is None or not reference.startswith("models:/"):
-        return reference
-    from diffusion_core.tracking import resolve_model
-
-    return resolve_model(reference, request.store).bundle_uri
-
-
-def _train_or_watch(
-    request: TrainRequest, spec: TrainSpec, place: RunDirectory, start: str | None
-) -> tuple[TrainOutcome, bool]:
-    """The outcome, and whether another job made it."""
     held: Held | None = None
+    training = request.spec.training
     while True:
         got = claim(place.attempts, {"kind": "train job"}, after=held)
         if isinstance(got, Lease):
             with got:
-                done = place.finished(spec.training)  # by another, since the last look
-                return (done, True) if done else (_train(request, spec, place, start, got), False)
+                done = place.finished(training)  # by another, since the last look
+                return (done, True) if done else (_train(request, place, start, got), False)
         held = got
         logger.info("Attempt %d trains this run already (%s); watching it.", held.number, held.owner.get("host"))
-        with Progress("train", spec.training.target_images, initial=None) as progress:
+        with Progress("train", training.target_images, initial=None) as progress:
             show = _Relay(place, held.number, progress)
             held.wait(_POLL_S, show)
-        if done := place.finished(spec.training):
+        if done := place.finished(training):
             return done, True
         if sentence := recorded_error(place, held.number):
             raise UserError(sentence)
 
 
-def _train(
-    request: TrainRequest, spec: TrainSpec, place: RunDirectory, start: str | None, lease: Lease
-) -> TrainOutcome:
+def _train(request: TrainRequest, place: RunDirectory, start: str | None, lease: Lease) -> TrainOutcome:
     """One attempt, with Ray."""
     from diffusion_core.jobs.cluster import ray_session, require_resources
 
     order = {
         "store": request.store,
         "run_uri": place.directory.uri,
-        "spec": spec.model_dump(mode="json"),
+        "spec": request.spec.model_dump(mode="json"),
         "attempt": lease.number,
         "experiment": request.experiment,
         "start": start,
     }
     try:
-        with ray_session(), Progress("train", spec.training.target_images, initial=None) as progress:
+        with ray_session(), Progress("train", request.spec.training.target_images, initial=None) as progress:
             require_resources(request.resources)
             fit = _Fit(order, request.resources)
             _follow(fit, place, lease, _Relay(place, lease.number, progress))
@@ -320,7 +285,3 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-if __name__ == "__main__":
-    sys.exit(main("train", TrainRequest, run))

@@ -1,7 +1,7 @@
 """What can be known to go wrong before anything starts: checked in seconds, without Ray, Prefect or torch.
 
-Each check raises a `UserError` that names the field, its value and what is accepted. A flow runs them first, the
-command runs them before it even starts Prefect.
+Each raises a `UserError` that names the field, its value and what is accepted. The checks of the stages are made of
+these; they run once, in the command before it even starts Prefect, or else at the beginning of the flow.
 """
 
 from __future__ import annotations
@@ -19,24 +19,14 @@ from urllib.parse import urlsplit
 
 from diffusion_core.config import UserError
 from diffusion_core.data.config import DatasetConfig, SourceConfig, SourceKind, SplitSource
-from diffusion_core.diffusion.config import GuidanceConfig, ProcessConfig, check_guidance_scale, check_sampler
-from diffusion_core.diffusion.objective_config import check_objective
-from diffusion_core.evaluation.comparison import check_contestants
-from diffusion_core.evaluation.config import EvaluationConfig, check_held_out_figures
+from diffusion_core.diffusion.config import GuidanceConfig, ProcessConfig, check_guidance_scale
+from diffusion_core.evaluation.config import EvaluationConfig
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.jobs.backend import BackendConfig, BackendKind, jobs_address
-from diffusion_core.jobs.requests import (
-    CompareRequest,
-    EvaluateRequest,
-    GenerateRequest,
-    Resources,
-    ShardRequest,
-    TrainRequest,
-)
+from diffusion_core.jobs.request import Request, Resources
 from diffusion_core.networks.config import NetworkConfig, check_image_size
 from diffusion_core.store import Directory, check_reachable
 from diffusion_core.tracking import tracking_uri
-from flows.config import PipelineConfig
 
 if TYPE_CHECKING:
     from diffusion_core.bundle import BundleConfig
@@ -46,106 +36,39 @@ LISTED_AT_ONCE = 5_000
 DIGITS_SIZE = (8, 8)
 
 
-def check_pipeline(config: PipelineConfig) -> None:
-    """Everything that a whole pipeline needs."""
-    check_store(config.store)
-    check_services(config.store, config.backend)
-    for stage, resources in (
-        ("shard", config.resources.shard),
-        ("train", config.resources.train),
-        ("evaluate", config.resources.evaluate),
-        ("generate", config.resources.generate),
-    ):
-        check_resources(f"resources.{stage}", resources, config.backend)
-    check_source(config.source)
-    if config.network.kind == "classifier":
-        raise UserError("network.kind: a classifier makes no images to evaluate: train it alone, with diffusion train.")
-    check_size(config.source, config.dataset, config.network)
-    check_held_out(config.source, config.dataset)
-    check_sampler("evaluation.sampler", config.evaluation.sampler, config.process)
-    check_sampler("generation.sampler", config.generation.sampler, config.process)
-    check_objective("training.objective", config.training.objective, config.process)
-    check_held_out_figures("evaluation", config.evaluation, config.process)
-    check_evaluation(config.evaluation)
-    classes, size = known_classes(config.source), config.dataset.size
-    shape = (*size, config.dataset.channels) if size else None
-    for field, guidance in (("evaluation", config.evaluation.guidance), ("generation", config.generation.guidance)):
-        check_guidance(f"{field}.guidance", guidance, config.process, shape, classes, config.store)
-        for name, reference in guidance.models.items():
-            check_unmoved(f"{field}.guidance.{name}", reference, config.name)
-    check_labels(config.generation, classes)
-    check_unmoved("training.init_from", config.training.init_from, config.name)
-    check_init_from(config.training.init_from, config.network, config.process, config.dataset.channels, config.store)
-
-
-def check_shard(request: ShardRequest, backend: BackendConfig) -> None:
-    check_store(request.store)
-    check_services(request.store, backend, mlflow=False)
-    check_resources("resources.shard", request.resources, backend)
-    check_source(request.source)
-
-
-def check_train(request: TrainRequest, backend: BackendConfig) -> None:
-    from diffusion_core.data.shards import open_dataset
-    from diffusion_core.training.run import check_task
-
-    check_store(request.store)
-    check_services(request.store, backend)
-    check_resources("resources.train", request.resources, backend)
-    dataset = open_dataset(request.dataset_uri)
-    height, width, channels = dataset.image_shape
-    check_image_size(request.network, height, width)
-    check_task(request.network, request.training.objective, request.process, len(dataset.class_names))
-    check_init_from(request.training.init_from, request.network, request.process, channels, request.store)
-
-
-def check_evaluate(request: EvaluateRequest, backend: BackendConfig) -> None:
-    bundle, evaluation = _measured(request, backend, request.mlflow_run_id is not None), request.evaluation
-    check_sampler("evaluation.sampler", evaluation.sampler, bundle.process)
-    check_held_out_figures("evaluation", evaluation, bundle.process)
-    shape, classes = bundle.image_shape, bundle.class_names
-    check_guidance("evaluation.guidance", evaluation.guidance, bundle.process, shape, classes, request.store)
-
-
-def check_compare(request: CompareRequest, backend: BackendConfig) -> None:
-    bundle, comparison = _measured(request, backend, mlflow=False), request.comparison
-    shape, classes = bundle.image_shape, bundle.class_names
-    check_contestants(comparison, bundle.process, classes)
-    for contestant in comparison.contestants:
-        field, guidance = f"{contestant.label}: guidance", comparison.guidance_of(contestant)
-        check_guidance(field, guidance, bundle.process, shape, classes, request.store)
-
-
-def _measured(request: EvaluateRequest | CompareRequest, backend: BackendConfig, mlflow: bool) -> BundleConfig:
+def check_measured(
+    bundle_uri: str,
+    dataset_uri: str,
+    evaluation: EvaluationConfig,
+    request: Request,
+    backend: BackendConfig,
+    mlflow: bool,
+) -> BundleConfig:
     """The configuration of a bundle that is to be measured, which the dataset and the extractor suit."""
     from diffusion_core.bundle import check_makes_images, read_bundle_config
     from diffusion_core.data.shards import open_dataset
-    from diffusion_core.jobs.evaluate import check_comparable
+    from diffusion_core.stages.work.evaluate import check_comparable
 
-    check_store(request.store)
-    check_services(request.store, backend, mlflow)
-    check_resources("resources.evaluate", request.resources, backend)
-    bundle, dataset = read_bundle_config(request.bundle_uri), open_dataset(request.dataset_uri)
-    check_makes_images(request.bundle_uri, bundle)
+    check_place(request, "evaluate", backend, mlflow)
+    bundle, dataset = read_bundle_config(bundle_uri), open_dataset(dataset_uri)
+    check_makes_images(bundle_uri, bundle)
     check_comparable(bundle, dataset)
     if not dataset.num_rows("test"):
-        raise UserError(f"The dataset {request.dataset_uri} has no test split, and the figures need held-out images.")
-    check_evaluation(request.evaluation)
+        raise UserError(f"The dataset {dataset_uri} has no test split, and the figures need held-out images.")
+    check_evaluation(evaluation)
     return bundle
 
 
-def check_generate(request: GenerateRequest, backend: BackendConfig) -> None:
-    from diffusion_core.bundle import check_makes_images, read_bundle_config
+def check_place(request: Request, resources: str, backend: BackendConfig, mlflow: bool = True) -> None:
+    """The store, the services and the room for the workers are there.
 
+    Args:
+        resources: field of the configuration's `resources` that the request's are.
+        mlflow: whether the stage asks MLflow.
+    """
     check_store(request.store)
-    check_services(request.store, backend, mlflow=request.model.startswith("models:"))
-    check_resources("resources.generate", request.resources, backend)
-    bundle = read_bundle_config(bundle_of(request.model, request.store))
-    check_makes_images(request.model, bundle)
-    check_sampler("generation.sampler", request.generation.sampler, bundle.process)
-    guidance, shape, classes = request.generation.guidance, bundle.image_shape, bundle.class_names
-    check_guidance("generation.guidance", guidance, bundle.process, shape, classes, request.store)
-    check_labels(request.generation, classes)
+    check_services(request.store, backend, mlflow)
+    check_resources(f"resources.{resources}", request.resources, backend)
 
 
 def check_store(store: str) -> None:
@@ -299,7 +222,7 @@ def check_resources(field: str, resources: Resources, backend: BackendConfig) ->
 
 def check_services(store: str, backend: BackendConfig, mlflow: bool = True) -> None:
     """The services that the environment names answer."""
-    _check_address("RAY_ADDRESS", os.environ.get("RAY_ADDRESS"), default_port=6379)
+    check_address("RAY_ADDRESS", os.environ.get("RAY_ADDRESS"), default_port=6379)
     if backend.kind is BackendKind.jobs:
         if jobs_address() is None:
             raise UserError(
@@ -307,14 +230,9 @@ def check_services(store: str, backend: BackendConfig, mlflow: bool = True) -> N
             )
         if Directory(store).is_local:
             _check_shared(store)
-        _check_address("RAY_API_SERVER_ADDRESS", jobs_address(), default_port=8265)
+        check_address("RAY_API_SERVER_ADDRESS", jobs_address(), default_port=8265)
     if mlflow and (record := tracking_uri(store)).startswith(("http://", "https://")):
-        _check_address("MLFLOW_TRACKING_URI", record, default_port=443 if record.startswith("https") else 80)
-
-
-def check_prefect() -> None:
-    """The Prefect server that the environment names answers."""
-    _check_address("PREFECT_API_URL", os.environ.get("PREFECT_API_URL"), default_port=443)
+        check_address("MLFLOW_TRACKING_URI", record, default_port=443 if record.startswith("https") else 80)
 
 
 def _check_shared(store: str) -> None:
@@ -324,7 +242,8 @@ def _check_shared(store: str) -> None:
         )
 
 
-def _check_address(variable: str, address: str | None, default_port: int) -> None:
+def check_address(variable: str, address: str | None, default_port: int) -> None:
+    """Something answers at the address that an environment variable holds, if it holds one."""
     if not address or address in ("auto", "local"):
         return
     parts = urlsplit(address if "://" in address else f"//{address}")

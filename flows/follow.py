@@ -1,19 +1,20 @@
-"""One stage of a flow: a job, followed by the terminal, the Prefect run's log and a Prefect progress artifact."""
+"""The job of a stage, followed by the terminal, the Prefect run's log and a Prefect progress artifact."""
 
 from __future__ import annotations
 
 import re
 import time
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 from uuid import UUID
 
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from prefect.runtime import task_run
+from prefect.runtime import flow_run, task_run
 
 from diffusion_core.jobs.backend import BackendConfig, JobLog, run_job
-from diffusion_core.jobs.requests import Request, Result
+from diffusion_core.jobs.request import Request, Result
 from diffusion_core.progress import ProgressEvent
+from diffusion_core.stages.base import Stage
 from flows.display import Display, Pace, current_display
 
 ResultT = TypeVar("ResultT", bound=Result)
@@ -22,13 +23,13 @@ ARTIFACT_INTERVAL_S = 3.0
 _TROUBLE = re.compile(r"diffusion_core\S* (WARNING|ERROR): (.*)")
 
 
-def run_stage(stage: str, request: Request, result_type: type[ResultT], backend: BackendConfig) -> ResultT:
+def follow_job(stage: Stage[Any, ResultT], request: Request, backend: BackendConfig) -> ResultT:
     """Run the job of one stage inside a Prefect task. Raises what `run_job` raises."""
-    follower = _Follower(stage, current_display())
+    follower = _Follower(stage.name, current_display())
     result = run_job(
-        stage,
-        request,
-        result_type,
+        stage.name,
+        request.model_copy(update={"asked_by": flow_run.get_id()}),
+        stage.result,
         backend,
         on_progress=follower.progress,
         on_line=follower.line,

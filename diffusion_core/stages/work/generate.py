@@ -1,4 +1,4 @@
-"""The job that makes images: a set grows by the range of image ids that is asked for, as far as it lacks them.
+"""How images are made: a set grows by the range of image ids that is asked for, as far as it lacks them.
 
 A plan row is a shard; each shard commits itself (create-if-absent), so that whatever ends the job, running it again
 does only what is missing. Ray Data deals the rows to a pool of actors in blocks. A shard that raises is a row of the
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import time
 import uuid
 import warnings
@@ -27,11 +26,10 @@ from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.generation.imageset import ImageSet, describe
 from diffusion_core.generation.plan import Extension, Range, Shard, ShardTask
 from diffusion_core.jobs.cluster import ray_session, reserved
-from diffusion_core.jobs.guide import with_guides_found
-from diffusion_core.jobs.protocol import main
-from diffusion_core.jobs.requests import GenerateRequest, GenerateResult, Resources
+from diffusion_core.jobs.request import Resources
 from diffusion_core.jobs.tally import Tally, tallied
 from diffusion_core.progress import Progress
+from diffusion_core.stages.work.guide import with_guides_found
 from diffusion_core.store import StoreFull, layout
 from diffusion_core.store.patience import StoreUnavailable
 from diffusion_core.store.turns import one_at_a_time
@@ -81,26 +79,6 @@ class _Crew:
     resources: Resources
     task: ShardTask
     worker: Worker | None
-
-
-def run(request: GenerateRequest) -> GenerateResult:
-    """Resolve the model, make what is missing, and say what is there."""
-    started = time.monotonic()
-    bundle_uri, version = _resolve(request.model, request.store)
-    done = generate(bundle_uri, request.generation, request.store, request.resources, model_version=version)
-    return GenerateResult(
-        seconds=time.monotonic() - started,
-        reused=done.generated == 0,
-        set_id=done.images.description.set_id,
-        uri=done.images.uri,
-        model_version=version,
-        images=done.stored,
-        generated=done.generated,
-        first_image_id=done.first_image_id,
-        contact_sheet=f"{done.images.uri}/{layout.SHEET}",
-        total_images=done.images.total_images(),
-        images_per_second=done.images_per_second,
-    )
 
 
 def generate(
@@ -153,16 +131,6 @@ def generate(
     stored = stop - first - sum(_within(shard, first, stop) for shard in outcome.failed)
     made = sum(_within(shard, first, stop) for shard in outcome.made)
     return Generated(images, first, stop, stored, made, outcome.took)
-
-
-def _resolve(model: str, store: str) -> tuple[str, str]:
-    """URI of the bundle that a reference means, and the version by which to call it."""
-    if not model.startswith("models:/"):
-        return model, bundle_digest(model)
-    from diffusion_core.tracking import resolve_model
-
-    resolved = resolve_model(model, store)
-    return resolved.bundle_uri, resolved.version
 
 
 def _say_what_continues(images: ImageSet, wanted: Range) -> None:
@@ -353,7 +321,3 @@ def _write_log(images: ImageSet, outcome: _Outcome) -> None:
 def _within(shard: Shard, first: int, stop: int) -> int:
     """Images of a shard that belong to [first, stop)."""
     return min(shard.stop, stop) - max(shard.first_image_id, first)
-
-
-if __name__ == "__main__":
-    sys.exit(main("generate", GenerateRequest, run))

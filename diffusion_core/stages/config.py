@@ -12,17 +12,7 @@ from diffusion_core.diffusion.config import ProcessConfig
 from diffusion_core.evaluation.config import ComparisonConfig, EvaluationConfig, GateConfig
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.jobs.backend import BackendConfig
-from diffusion_core.jobs.requests import (
-    EvaluateRequest,
-    GenerateRequest,
-    RegisterRequest,
-    RegisterResult,
-    Resources,
-    ShardRequest,
-    ShardResult,
-    TrainRequest,
-    TrainResult,
-)
+from diffusion_core.jobs.request import Resources
 from diffusion_core.networks.config import NetworkConfig, UNetConfig
 from diffusion_core.training.config import TrainingConfig
 
@@ -70,46 +60,3 @@ class PipelineConfig(Config):
         if isinstance(dataset, dict) and "name" not in dataset:
             return {**values, "dataset": {"name": values["name"], **dataset}}
         return values
-
-    def shard_request(self) -> ShardRequest:
-        return ShardRequest(store=self.store, resources=self.resources.shard, source=self.source, dataset=self.dataset)
-
-    def train_request(self, dataset: ShardResult) -> TrainRequest:
-        return TrainRequest(
-            store=self.store,
-            resources=self.resources.train,
-            dataset_uri=dataset.uri,
-            process=self.process,
-            network=self.network,
-            training=self.training,
-            experiment=self.name,
-        )
-
-    def evaluate_request(self, dataset: ShardResult, run: TrainResult) -> EvaluateRequest:
-        return EvaluateRequest(
-            store=self.store,
-            resources=self.resources.evaluate,
-            bundle_uri=run.bundle_uri,
-            dataset_uri=dataset.uri,
-            evaluation=self.evaluation,
-            mlflow_run_id=run.mlflow_run_id,
-        )
-
-    def register_request(self, dataset: ShardResult, run: TrainResult) -> RegisterRequest:
-        return RegisterRequest(
-            store=self.store,
-            resources=self.resources.evaluate,
-            model=self.name,
-            bundle_uri=run.bundle_uri,
-            dataset_uri=dataset.uri,
-            evaluation=self.evaluation,
-            gate=self.gate,
-            mlflow_run_id=run.mlflow_run_id,
-        )
-
-    def generate_request(self, version: RegisterResult) -> GenerateRequest:
-        """Images of the version that this pipeline registered, champion or not: its set is part of the answer."""
-        model = f"models:/{version.model}/{version.version}"
-        return GenerateRequest(
-            store=self.store, resources=self.resources.generate, model=model, generation=self.generation
-        )
