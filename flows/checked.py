@@ -1,4 +1,4 @@
-"""What can go wrong is looked at once before a flow's first stage: by the command that runs it, or by the flow."""
+"""A look at what can go wrong, once: by the command that runs a flow, or else by the flow itself."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-_CHECKED: ContextVar[bool] = ContextVar("checked", default=False)
+_checked: ContextVar[bool] = ContextVar("checked", default=False)
 
 
 @contextmanager
-def checked_before() -> Iterator[None]:
-    """A flow that is called inside has been checked by its caller."""
-    token = _CHECKED.set(True)
+def already_checked() -> Iterator[None]:
+    """Flows that run inside the block do not look again."""
+    before = _checked.set(True)
     try:
         yield
     finally:
-        _CHECKED.reset(token)
+        _checked.reset(before)
 
 
 def check_unless_done(check: Callable[[], None]) -> None:
-    """In a flow: raises what `check` raises, unless the caller has done it."""
-    if not _CHECKED.get():
+    """In a flow: look at what can go wrong, unless the command that runs it has done so."""
+    if not _checked.get():
         check()

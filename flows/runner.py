@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from diffusion_core.stages.checks import check_address
-from flows.checked import checked_before
+from flows.checked import already_checked
 from flows.display import shown
 
 PREFECT_DEFAULTS = {
@@ -42,7 +42,7 @@ def run_flow(name: str, check: Callable[[], None], *arguments: Any) -> Any:
         from flows.stages import FLOWS
 
         flow = diffusion_pipeline if name == PIPELINE else FLOWS[name]
-        with checked_before():
+        with already_checked():
             return flow(*arguments)
 
 
