@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from diffusion_core.config import Config, execution
 from diffusion_core.data.config import DatasetConfig, SourceConfig
@@ -124,6 +124,18 @@ class RegisterResult(Result):
 class GenerateRequest(Request):
     model: str = Field(description="models:/name@alias, models:/name/version, or the URI of a bundle.")
     generation: GenerationConfig = GenerationConfig()
+    asked: str | None = execution(
+        None,
+        pattern=r"^[A-Za-z0-9._-]{1,100}$",
+        description="Who asks for new images, as the id of a scheduled run: the first request of each id makes new "
+        "ones, and every later one is about the same images of the same model version.",
+    )
+
+    @model_validator(mode="after")
+    def _new_or_named(self) -> GenerateRequest:
+        if self.asked is not None and self.generation.first_image_id is not None:
+            raise ValueError("asked means new images, and generation.first_image_id names some: leave one of them out")
+        return self
 
 
 class GenerateResult(Result):
