@@ -10,6 +10,7 @@ import typer
 
 from flows import cli_setup, cli_store
 from flows import options as o
+from flows.schedules.cli import schedule_app
 
 if TYPE_CHECKING:
     from flows.config import PipelineConfig
@@ -340,6 +341,7 @@ def _show(result: Any, rows: Any, as_json: bool) -> None:
 
 cli_store.add_to(app)
 cli_setup.add_to(app)
+app.add_typer(schedule_app, name="schedule")
 
 if __name__ == "__main__":
     sys.exit(main())

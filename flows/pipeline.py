@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from pydantic import Field
 
 from diffusion_core.jobs import requests as r
 from diffusion_core.jobs.backend import BackendConfig
-from flows import artifacts, find, preflight
+from flows import artifacts, find, last_run, preflight
 from flows.config import PipelineConfig
 from flows.results import PipelineResult
 from flows.tasks import Stages
@@ -24,6 +24,11 @@ LOCAL = BackendConfig()
 @flow(name="diffusion-pipeline")
 def diffusion_pipeline(config: PipelineConfig) -> PipelineResult:
     """Images → dataset version → trained bundle → figures → registered model version → generated images."""
+    return run_pipeline(config)
+
+
+def run_pipeline(config: PipelineConfig, asked: str | None = None) -> PipelineResult:
+    """The stages of the pipeline. `asked` names who asks for new images, in place of those that are configured."""
     preflight.check_pipeline(config)
     stages = Stages(config.backend)
 
@@ -31,7 +36,8 @@ def diffusion_pipeline(config: PipelineConfig) -> PipelineResult:
     run = stages.train(config.train_request(dataset))
     evaluation = stages.evaluate(config.evaluate_request(dataset, run))
     version = stages.register(config.register_request(dataset, run))
-    images = stages.generate(config.generate_request(version))
+    wanted = config.generate_request(version)
+    images = stages.generate(wanted.for_new_images(asked) if asked else wanted)
 
     result = PipelineResult(
         name=config.name,
@@ -42,6 +48,8 @@ def diffusion_pipeline(config: PipelineConfig) -> PipelineResult:
         version=version,
         images=images,
     )
+    result = result.model_copy(update={"news": last_run.news(result)})
+    get_run_logger().info(result.news)
     return artifacts.of_pipeline(result)
 
 

@@ -57,7 +57,7 @@ def check_pipeline(config: PipelineConfig) -> None:
         ("generate", config.resources.generate),
     ):
         check_resources(f"resources.{stage}", resources, config.backend)
-    check_source(config.source)
+    check_source(config.source, config.store)
     if config.network.kind == "classifier":
         raise UserError("network.kind: a classifier makes no images to evaluate: train it alone, with diffusion train.")
     check_size(config.source, config.dataset, config.network)
@@ -82,7 +82,7 @@ def check_shard(request: ShardRequest, backend: BackendConfig) -> None:
     check_store(request.store)
     check_services(request.store, backend, mlflow=False)
     check_resources("resources.shard", request.resources, backend)
-    check_source(request.source)
+    check_source(request.source, request.store)
 
 
 def check_train(request: TrainRequest, backend: BackendConfig) -> None:
@@ -156,7 +156,7 @@ def check_store(store: str) -> None:
     check_reachable(place.uri)
 
 
-def check_source(source: SourceConfig) -> None:
+def check_source(source: SourceConfig, store: str | None = None) -> None:
     """There is something to read where the images should come from."""
     if source.kind is SourceKind.DIGITS:
         if importlib.util.find_spec("sklearn") is None:
@@ -171,7 +171,7 @@ def check_source(source: SourceConfig) -> None:
     if len(list(islice(place.list(), LISTED_AT_ONCE))) < LISTED_AT_ONCE:  # the job lists a larger one soon enough
         from diffusion_core.data.sources import open_source
 
-        open_source(source)
+        open_source(source, store)
 
 
 def _check_local_source(uri: str, path: Path) -> None:

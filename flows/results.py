@@ -7,6 +7,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import Field
+
 from diffusion_core.config import Config
 from diffusion_core.evaluation.comparison import table
 from diffusion_core.jobs.requests import (
@@ -32,6 +34,7 @@ class PipelineResult(Config):
     evaluation: EvaluateResult
     version: RegisterResult
     images: GenerateResult
+    news: str = Field("", description="One sentence: what was done, or since when nothing has changed.")
 
     @property
     def stages(self) -> dict[str, Result]:
@@ -60,6 +63,7 @@ def pipeline_rows(result: PipelineResult) -> Rows:
         ("", version.reason),
         ("image set", f"{images.uri}  {images.images:,} images, {images.generated:,} new"),
         ("contact sheet", images.contact_sheet),
+        ("news", result.news),
         ("seconds", ", ".join(f"{name} {_seconds(stage)}" for name, stage in result.stages.items())),
     ]
 

@@ -131,6 +131,11 @@ class GenerateRequest(Request):
         "ones, and every later one is about the same images of the same model version.",
     )
 
+    def for_new_images(self, asked: str) -> GenerateRequest:
+        """The request for new images, whatever ids the configuration names."""
+        generation = self.generation.model_copy(update={"first_image_id": None})
+        return self.model_copy(update={"generation": generation, "asked": asked})
+
     @model_validator(mode="after")
     def _new_or_named(self) -> GenerateRequest:
         if self.asked is not None and self.generation.first_image_id is not None:

@@ -62,7 +62,7 @@ def run(request: ShardRequest) -> ShardResult:
             be rejected.
     """
     began = time.monotonic()
-    source = open_source(request.source)
+    source = open_source(request.source, request.store)
     source.limit(request.dataset.max_file_mb << 20)
     home = Directory(request.store) / f"datasets/{request.dataset.name}"
     cache = HashCache(home, source.config.uri or source.kind.value)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
 import shlex
 from typing import Any
 
 from diffusion_core.config import digest
 from diffusion_core.jobs.requests import EvaluateResult, GenerateResult, RegisterResult, ShardResult, TrainResult
 from diffusion_core.progress import ProgressEvent
+from flows import last_run
 from flows.display import Lines, Pace, current_display, shown
 from flows.results import PipelineResult, aligned, figure_lines, figure_table, markdown, pipeline_rows
 
@@ -144,3 +146,13 @@ def test_news_go_to_the_stream_of_whoever_asked():
     assert stream.getvalue() == "  train: 1 of 2 images (50 %), 3 images/s, 0:04 left\nhello\n"
     current_display().say("nobody hears this")
     assert "nobody" not in stream.getvalue()
+
+
+def test_the_second_time_says_since_when_nothing_changed(tmp_path):
+    result = RESULT.model_copy(update={"store": str(tmp_path)})
+    assert last_run.news(result) == "Done: train, evaluate, register, generate."
+    again = result.model_copy(update={"images": result.images.model_copy(update={"generated": 0})})
+    assert re.fullmatch(r"Nothing changed since \d{4}-\d\d-\d\d \d\d:\d\d UTC; no new images\.", last_run.news(again))
+    assert last_run.news(result).endswith("; 990 new images.")
+    longer = again.model_copy(update={"run": again.run.model_copy(update={"bundle_uri": "/s/runs/r1/bundles/128000"})})
+    assert last_run.news(longer).startswith("Done: ")

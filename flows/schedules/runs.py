@@ -1,0 +1,96 @@
+"""The flows that schedules start. They are told what differs from a preset, and read the preset when they start."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from prefect import flow, get_run_logger
+from prefect.runtime import flow_run
+from pydantic import Field, ValidationError
+
+from diffusion_core.config import Config, UserError, explain
+from diffusion_core.jobs.requests import GenerateRequest, GenerateResult
+from flows import find, preflight
+from flows import prune as pruning
+from flows.pipeline import run_pipeline
+from flows.results import PipelineResult
+from flows.schedules.overrides import resolve
+from flows.settings import seconds
+from flows.tasks import Stages
+
+Preset = Annotated[str | None, Field(description="Preset that the configuration starts from.")]
+Fields = Annotated[
+    dict[str, Any] | str,
+    Field(description="Fields that differ from the preset, one a line, as training.batch_size: 256."),
+]
+Store = Annotated[str, Field(description="Root of the store: a folder or s3://bucket/prefix.")]
+NewImages = Annotated[bool, Field(description="Make new images instead of finding those of the run before.")]
+
+
+@flow(name="diffusion-pipeline", persist_result=False)
+def pipeline(
+    store: Store, preset: Preset = None, overrides: Fields = "", new_images: NewImages = False
+) -> PipelineResult:
+    """The whole pipeline. What nothing has changed for is found done in seconds."""
+    config = resolve(preset, overrides, store)
+    return run_pipeline(config, asked=asked() if new_images else None)
+
+
+@flow(name="generate-images", persist_result=False)
+def generate(
+    store: Store,
+    preset: Preset = None,
+    overrides: Fields = "",
+    new_images: NewImages = True,
+    model: Annotated[
+        str | None, Field(description="models:/name@alias, models:/name/version or a bundle; default: the champion.")
+    ] = None,
+) -> GenerateResult:
+    """Images of a model. Started again after it broke, a run completes the images that it began."""
+    config = resolve(preset, overrides, store, source_needed=False)
+    request = GenerateRequest(
+        store=config.store,
+        resources=config.resources.generate,
+        model=find.model_reference(model or f"models:/{config.name}@champion", config.store),
+        generation=config.generation,
+    )
+    if new_images:
+        request = request.for_new_images(asked())
+    preflight.check_generate(request, config.backend)
+    return Stages(config.backend).generate(request)
+
+
+class PruneOptions(Config):
+    """What the overrides of a scheduled prune may say."""
+
+    older_than: str = Field("168h", description="Age from which job files may go, as 24h.")
+    unused: bool = Field(False, description="Also runs and datasets that nothing came from.")
+
+
+@flow(name="prune-store", persist_result=False)
+def prune(store: Store, overrides: dict[str, Any] | None = None) -> int:
+    """Delete what the store can do without; the bytes that this freed."""
+    preflight.check_readable(store)
+    options = prune_options(overrides or {})
+    found = pruning.candidates(store, seconds(options.older_than, "older_than"), options.unused)
+    for candidate in found:
+        pruning.remove(candidate)
+        get_run_logger().info("%s deleted (%s)", candidate.uri, candidate.why)
+    return sum(candidate.bytes for candidate in found)
+
+
+def prune_options(overrides: dict[str, Any]) -> PruneOptions:
+    """The options that these overrides stand for; `UserError` about the first that is not accepted."""
+    try:
+        options = PruneOptions.model_validate(overrides)
+    except ValidationError as error:
+        raise UserError(f"overrides: {explain(error)}") from None
+    seconds(options.older_than, "overrides: older_than:")
+    return options
+
+
+def asked() -> str:
+    """The id of this flow run: the same when it is tried again, another at the next time of the schedule."""
+    if not flow_run.id:
+        raise UserError("A scheduled flow makes new images for its flow run, and this is none.")
+    return str(flow_run.id)
