@@ -107,9 +107,13 @@ class PipelineConfig(Config):
             mlflow_run_id=run.mlflow_run_id,
         )
 
-    def generate_request(self, version: RegisterResult) -> GenerateRequest:
+    def generate_request(self, version: RegisterResult, bundle_uri: str | None = None) -> GenerateRequest:
         """Images of the version that this pipeline registered, champion or not: its set is part of the answer."""
         model = f"models:/{version.model}/{version.version}"
         return GenerateRequest(
-            store=self.store, resources=self.resources.generate, model=model, generation=self.generation
+            store=self.store,
+            resources=self.resources.generate,
+            model=model,
+            bundle_uri=bundle_uri,
+            generation=self.generation,
         )

@@ -36,7 +36,7 @@ def run_pipeline(config: PipelineConfig, asked: str | None = None) -> PipelineRe
     run = stages.train(config.train_request(dataset))
     evaluation = stages.evaluate(config.evaluate_request(dataset, run))
     version = stages.register(config.register_request(dataset, run))
-    wanted = config.generate_request(version)
+    wanted = config.generate_request(version, run.bundle_uri)
     images = stages.generate(wanted.for_new_images(asked) if asked else wanted)
 
     result = PipelineResult(

@@ -86,7 +86,10 @@ class _Crew:
 def run(request: GenerateRequest) -> GenerateResult:
     """Resolve the model, make what is missing, and say what is there."""
     started = time.monotonic()
-    bundle_uri, version = _resolve(_settled(request), request.store)
+    if request.bundle_uri:
+        bundle_uri, version = request.bundle_uri, request.model.removeprefix("models:/")
+    else:
+        bundle_uri, version = _resolve(_settled(request), request.store)
     done = generate(
         bundle_uri,
         request.generation,

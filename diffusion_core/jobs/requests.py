@@ -124,6 +124,9 @@ class RegisterResult(Result):
 class GenerateRequest(Request):
     model: str = Field(description="models:/name@alias, models:/name/version, or the URI of a bundle.")
     generation: GenerationConfig = GenerationConfig()
+    bundle_uri: str | None = execution(
+        None, description="The bundle of that version, where it is known: the registry is not asked for it then."
+    )
     asked: str | None = execution(
         None,
         pattern=r"^[A-Za-z0-9._-]{1,100}$",

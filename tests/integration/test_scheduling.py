@@ -80,42 +80,52 @@ def _states(api: Api, name: str) -> list[str]:
     return [run["state"]["name"] for run in _runs(api, name)[:2]]
 
 
-@pytest.mark.timeout(500)
+def _start_run(api: Api, flow: str, name: str) -> None:
+    deployment = api(f"deployments/name/{flow}/{name}")["id"]
+    api(f"deployments/{deployment}/create_flow_run", {"state": {"type": "SCHEDULED"}})
+
+
+@pytest.mark.timeout(400)
 def test_skip_queue_and_cancel(api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Schedules of 15 s fire by themselves, and their runs last. Two of the queues have room for one run only."""
+    """A schedule of 20 s fires by itself, and the others by hand. Two of the queues have room for one run only."""
     from flows.schedules import server
     from tests.waiting_flow import wait_for_file
 
-    def add(name: str, queue: str) -> None:
+    def add(name: str, queue: str, interval: str) -> None:
         monkeypatch.setitem(server._KINDS, What.prune, server._Kind(wait_for_file, queue))
-        config = ScheduleConfig(name=name, what=What.prune, interval="15s", if_running=IfRunning(name))
+        config = ScheduleConfig(name=name, what=What.prune, interval=interval, if_running=IfRunning(name))
         row = server.add(config, str(tmp_path / name))
-        assert (row["active"], row["if_running"], row["times"]) == (True, name, "every 15 s")
+        assert (row["active"], row["if_running"]) == (True, name)
 
     def may_end(name: str) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "go").touch()
 
-    add("skip", server.TRAINING)
-    add("queue", server.DEFAULT)
+    add("skip", server.TRAINING, "20s")
+    add("queue", server.DEFAULT, "24h")
+    add("cancel", server.GENERATION, "24h")
+    for flow, name in (("wait-for-file", "queue"), ("wait-for-file", "queue"), ("wait-for-file", "cancel")):
+        _start_run(api, flow, name)
+    wait_for(lambda: sorted(_states(api, "queue")) == ["AwaitingConcurrencySlot", "Running"], "a run that waits", 120)
+    may_end("queue")
+    wait_for(lambda: _states(api, "cancel") == ["Running"], "the run that is to be cancelled", 90)
+    _start_run(api, "replace-running", "cancel")
     wait_for(lambda: _states(api, "skip") == ["Running", "Cancelled"], "a run that is skipped", 120)
     assert "concurrency limit" in _runs(api, "skip")[1]["state"]["message"]
     server.set_active("skip", False)
     may_end("skip")
-    wait_for(lambda: _states(api, "queue") == ["Running", "AwaitingConcurrencySlot"], "a run that waits", 120)
-    may_end("queue")
     wait_for(lambda: _states(api, "queue") == ["Completed", "Completed"], "the end of both", 120)
-    server.set_active("queue", False)
 
-    add("cancel", server.GENERATION)
-    wait_for(lambda: _states(api, "cancel") == ["Cancelled", "Running"], "a run in place of another", 180)
-    server.set_active("cancel", False)
+    wait_for(lambda: _states(api, "cancel") == ["Cancelled", "Running"], "a run in place of another", 150)
     may_end("cancel")
-    first, second = _runs(api, "cancel")[:2]
-    assert first["end_time"] <= second["start_time"]
-    wait_for(lambda: "Running" not in _states(api, "cancel"), "the end", 60)
-    assert [row["name"] for row in server.rows()] == ["cancel", "queue", "skip"]
-    assert not any(row["active"] for row in server.rows())
+    first, second = _runs(api, "cancel")
+    assert first["end_time"] <= second["start_time"] and "next run" in first["state"]["message"]
+    wait_for(lambda: _states(api, "cancel") == ["Cancelled", "Completed"], "the end", 60)
+    assert [(row["name"], row["active"]) for row in server.rows()] == [
+        ("cancel", True),
+        ("queue", True),
+        ("skip", False),
+    ]
     for name in ("cancel", "queue", "skip"):
         server.remove(name)
     assert server.rows() == [] and api("deployments/filter", {}) == []
