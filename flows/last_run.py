@@ -9,8 +9,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from diffusion_core.config import digest
-from diffusion_core.storage import Directory
-from flows.results import PipelineResult
+from diffusion_core.stages.pipeline import PipelineResult
+from diffusion_core.store import Directory, layout
 
 
 def news(result: PipelineResult) -> str:
@@ -19,13 +19,13 @@ def news(result: PipelineResult) -> str:
         "dataset": result.dataset.uri,
         "bundle": result.run.bundle_uri,
         "evaluation": result.evaluation.uri,
-        "model": f"models:/{result.version.model}/{result.version.version}",
+        "model": result.version.reference,
     }
-    place, key = Directory(result.store) / f"outcomes/{result.name}", f"{digest(outcome)}.json"
+    store, key = Directory(result.store), layout.outcome(result.name, digest(outcome))
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    if place.create_json(key, {"schema_version": 1, "ended": now, **outcome}):
+    if store.create_json(key, {"schema_version": 1, "ended": now, **outcome}):
         done = [name for name, stage in result.stages.items() if not stage.reused]
         return f"Done: {', '.join(done) or 'nothing, all of it was found done'}."
-    since = datetime.fromisoformat(place.read_json(key)["ended"]).strftime("%Y-%m-%d %H:%M UTC")
+    since = datetime.fromisoformat(store.read_json(key)["ended"]).strftime("%Y-%m-%d %H:%M UTC")
     images = f"{result.images.generated:,} new images" if result.images.generated else "no new images"
     return f"Nothing changed since {since}; {images}."

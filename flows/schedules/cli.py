@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from flows import options as o
+from flows.options import DEFAULT_STORE, print_json
 
 schedule_app = typer.Typer(help="What runs by itself, and when: add, list, pause, resume, remove.")
 
@@ -25,7 +26,7 @@ def add(
     what: Annotated[str | None, typer.Option("--what", help="pipeline, generate, watch or prune.")] = None,
     preset: o.Preset = None,
     settings: o.Settings = None,
-    source: o.Source = None,
+    source: Annotated[str | None, typer.Option("--source", help="Folder, file or s3:// URI of the images.")] = None,
     model: Annotated[str | None, typer.Option("--model", help="Of generate: the model; default: the champion.")] = None,
     cron: Annotated[str | None, typer.Option("--cron", help="When, as '0 2 * * *'.")] = None,
     interval: Annotated[str | None, typer.Option("--interval", help="How often, as 20s, 15m or 24h.")] = None,
@@ -40,8 +41,8 @@ def add(
     as_json: o.Json = False,
 ) -> None:
     """Put a schedule on the Prefect server, in place of one of the same name."""
+    from diffusion_core.stages.settings import split_setting
     from flows.schedules.config import load_schedule
-    from flows.settings import split_setting
 
     fields = dict(split_setting(text) for text in settings or ())
     if source is not None:
@@ -60,7 +61,7 @@ def add(
 def list_schedules(store: o.Store = None, as_json: o.Json = False) -> None:
     """List the schedules with their next times."""
     _server(store)
-    from flows.cli_store import aligned_rows, print_json
+    from flows.cli_store import aligned_rows
     from flows.schedules import server
 
     rows = server.rows()
@@ -101,7 +102,6 @@ def remove(name: Name, store: o.Store = None, as_json: o.Json = False) -> None:
 def _server(store: str | None) -> str:
     """The store that is meant, after Prefect was told which server to use."""
     from flows import stack
-    from flows.cli_store import DEFAULT_STORE
     from flows.runner import prepare_prefect
 
     stack.adopt(store or DEFAULT_STORE)
@@ -110,8 +110,6 @@ def _server(store: str | None) -> str:
 
 
 def _show(row: dict[str, Any], as_json: bool, news: str = "") -> None:
-    from flows.cli_store import print_json
-
     if as_json:
         print_json(row)
         return

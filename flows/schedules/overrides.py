@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from flows.config import PipelineConfig
-from flows.settings import field_paths, load_config, parse_fields
+from diffusion_core.stages.config import PipelineConfig
+from diffusion_core.stages.settings import field_paths, load_config, parse_fields
 
 Overrides = Mapping[str, Any] | str
 

@@ -8,15 +8,17 @@ from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 from pydantic import Field, ValidationError
 
+from diffusion_core.catalog import find
+from diffusion_core.catalog import prune as pruning
 from diffusion_core.config import Config, UserError, explain
-from diffusion_core.jobs.requests import GenerateRequest, GenerateResult
-from flows import find, preflight
-from flows import prune as pruning
+from diffusion_core.stages import generate as generating
+from diffusion_core.stages.checks import check_readable
+from diffusion_core.stages.generate import GenerateRequest, GenerateResult
+from diffusion_core.stages.pipeline import PipelineResult
+from diffusion_core.stages.settings import seconds
 from flows.pipeline import run_pipeline
-from flows.results import PipelineResult
 from flows.schedules.overrides import resolve
-from flows.settings import seconds
-from flows.tasks import Stages
+from flows.stages import run_stage
 
 Preset = Annotated[str | None, Field(description="Preset that the configuration starts from.")]
 Fields = Annotated[
@@ -48,16 +50,13 @@ def generate(
 ) -> GenerateResult:
     """Images of a model. Started again after it broke, a run completes the images that it began."""
     config = resolve(preset, overrides, store, source_needed=False)
-    request = GenerateRequest(
-        store=config.store,
-        resources=config.resources.generate,
-        model=find.model_reference(model or f"models:/{config.name}@champion", config.store),
-        generation=config.generation,
-    )
+    reference = find.model_reference(model or f"models:/{config.name}@champion", config.store)
+    request = GenerateRequest.of(config, reference)
     if new_images:
         request = request.for_new_images(asked())
-    preflight.check_generate(request, config.backend)
-    return Stages(config.backend).generate(request)
+    generating.check(request, config.backend)
+    result: GenerateResult = run_stage("generate", request, config.backend)
+    return result
 
 
 class PruneOptions(Config):
@@ -70,7 +69,7 @@ class PruneOptions(Config):
 @flow(name="prune-store", persist_result=False)
 def prune(store: Store, overrides: dict[str, Any] | None = None) -> int:
     """Delete what the store can do without; the bytes that this freed."""
-    preflight.check_readable(store)
+    check_readable(store)
     options = prune_options(overrides or {})
     found = pruning.candidates(store, seconds(options.older_than, "older_than"), options.unused)
     for candidate in found:

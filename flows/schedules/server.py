@@ -33,7 +33,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.types.entrypoint import EntrypointType
 
 from diffusion_core.config import UserError
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from flows.schedules import overrides, runs
 from flows.schedules.config import IfRunning, ScheduleConfig, What
 from flows.schedules.replace import replace_running

@@ -3,7 +3,7 @@
 A look lists names, sizes and stamps. Only when these differ from the last time is anything read, and only when they
 have stayed as they are for a while, so that no file is taken while it is still being written. The content decides then:
 a file that was merely touched makes no new version; one that was deleted does, as one that was added. What was seen
-stands in `<store>/watch/<dataset>.json`.
+stands in `<store>/watched/<dataset>.json`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from pydantic import Field
 from diffusion_core.config import Config, UserError, digest
 from diffusion_core.data.config import SourceKind
 from diffusion_core.data.sources.listing import list_files, suffix
-from diffusion_core.storage import Directory
-from flows import events, preflight
-from flows.config import PipelineConfig
+from diffusion_core.stages import shard
+from diffusion_core.stages.config import PipelineConfig
+from diffusion_core.stages.shard import ShardRequest, ShardResult
+from diffusion_core.store import Directory, layout
+from flows import events
 from flows.schedules.overrides import resolve
 from flows.schedules.runs import Fields, Preset, Store
-from flows.tasks import Stages
+from flows.stages import run_stage
 
 UNFINISHED = frozenset({".part", ".partial", ".tmp", ".temp", ".crdownload", ".filepart", ".download"})
 JITTER_S = 5.0  # by which two looks may be closer than the interval between them
@@ -59,7 +61,7 @@ def watch(
     config = resolve(preset, overrides, store)
     if config.source.kind is SourceKind.DIGITS:
         raise UserError("source.kind: the bundled digits never change; give source.uri, the folder or prefix to watch.")
-    place, key = Directory(store) / "watch", f"{config.dataset.name}.json"
+    place, key = Directory(store), layout.watched(config.dataset.name)
     seen = Seen.model_validate(place.read_json(key)) if place.exists(key) else Seen()
     now, said = look(config, seen, time.time(), still_s)
     if said is None:
@@ -96,9 +98,9 @@ def _list(uri: str, store: str, now: float) -> Listing:
 def _take(config: PipelineConfig, seen: Seen) -> tuple[Seen, str]:
     """Make the version of what is there, or find that it is an old one."""
     assert seen.listing is not None
-    request = config.shard_request()
-    preflight.check_shard(request, config.backend)
-    result = Stages(config.backend).shard(request)
+    request = ShardRequest.of(config)
+    shard.check(request, config.backend)
+    result: ShardResult = run_stage("shard", request, config.backend)
     taken = seen.model_copy(update={"taken": seen.listing.digest, "version": result.uri, "made": time.time()})
     if result.uri == seen.version:
         return taken, f"Files were touched, but their content is that of {result.uri}."

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from flows.schedules.config import IfRunning, ScheduleConfig, What
 from tests.image_files import write_images
 from tests.integration.test_stack import Api, free_port, wait_for
@@ -146,9 +146,9 @@ def test_a_watched_folder_makes_a_version_by_itself(api: Api, tmp_path: Path, st
     (version,) = (Directory(store) / "datasets/pets").children()
     assert event["payload"]["version"] == version
 
-    taken = (Directory(store) / "watch").read_json("pets.json")["taken"]
+    taken = (Directory(store) / "watched").read_json("pets.json")["taken"]
     (source / "cat/1.png").touch()
-    wait_for(lambda: (Directory(store) / "watch").read_json("pets.json")["taken"] != taken, "another look", 120)
+    wait_for(lambda: (Directory(store) / "watched").read_json("pets.json")["taken"] != taken, "another look", 120)
     server.remove("pets")
     assert (Directory(store) / "datasets/pets").children() == [version]
     assert len(api("events/filter", happened)["events"]) == 1

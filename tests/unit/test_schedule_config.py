@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from diffusion_core.config import UserError
+from diffusion_core.stages.settings import load_config
 from flows.schedules.config import IfRunning, What, load_schedule, shipped
 from flows.schedules.overrides import by_path, resolve
-from flows.settings import load_config
 
 DAILY = {"name": "nightly", "preset": "digits", "cron": "0 2 * * *"}
 
@@ -68,7 +68,7 @@ def test_text_and_mapping_are_the_same_overrides() -> None:
 
 
 def test_a_later_change_of_the_preset_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from flows import settings
+    from diffusion_core.stages import settings
 
     store, overrides = str(tmp_path), {"training.images": 2000}
     before = resolve("digits", overrides, store)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from flows.config import PipelineConfig
+from diffusion_core.stages.config import PipelineConfig
+from diffusion_core.stages.settings import load_config
 from flows.schedules.watch import Seen, look
-from flows.settings import load_config
 from tests.image_files import write_images
 
 STILL_S = 60.0

@@ -8,8 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from diffusion_core.generation.config import GenerationConfig
-from diffusion_core.jobs import generate
-from diffusion_core.jobs.requests import GenerateRequest
+from diffusion_core.stages import generate
+from diffusion_core.stages.generate import GenerateRequest
 
 CHAMPION = "models:/digits@champion"
 
