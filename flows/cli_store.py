@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +12,8 @@ from flows import options as o
 from flows.options import DEFAULT_STORE, print_json
 
 Reference = Annotated[
-    str, typer.Argument(help="Set, model, bundle, run or dataset: its URI, its id, or models:/name@alias.")
+    str,
+    typer.Argument(help="Set, run (id or its beginning), model (digits@champion), dataset (digits@version), or URI."),
 ]
 ModelName = Annotated[str, typer.Argument(help="Name of the registered model.")]
 
@@ -107,8 +109,12 @@ def verify(reference: Reference, store: o.Store = None, as_json: o.Json = False)
 
 
 def prune(
-    older_than: Annotated[str, typer.Option("--older-than", help="Age from which job files may go, as 24h.")] = "168h",
-    unused: Annotated[bool, typer.Option("--unused", help="Also runs and datasets that nothing came from.")] = False,
+    older_than: Annotated[
+        str, typer.Option("--older-than", help="Age from which things may go, as 30d or 24h.")
+    ] = "7d",
+    unused: Annotated[
+        bool, typer.Option("--unused", help="Also runs, datasets and figures that nothing needs, not only job files.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would go.")] = False,
     store: o.Store = None,
     as_json: o.Json = False,
@@ -119,16 +125,18 @@ def prune(
     from diffusion_core.catalog import prune as pruning
     from diffusion_core.stages.settings import seconds
 
-    found = pruning.candidates(_place(store), seconds(older_than, "--older-than"), unused)
-    for candidate in found if yes else []:
-        pruning.remove(candidate)
+    place, retention = _place(store), pruning.Retention(seconds(older_than, "--older-than"), unused)
+    rows = pruning.plan(place, retention)
+    found = pruning.apply(place, rows, retention) if yes else [row for row in rows if row.goes]
+    going, kept = [row for row in found if row.goes], [row for row in [*found, *rows] if not row.goes]
     if as_json:
-        print_json({"deleted": yes, "candidates": [asdict(candidate) for candidate in found]})
+        told = {"candidates": going, "kept": kept}
+        print_json({"deleted": yes, **{name: [asdict(row) for row in some] for name, some in told.items()}})
         return
-    for candidate in found:
-        typer.echo(f"{candidate.bytes / 1e6:10.1f} MB  {candidate.uri}  ({candidate.why})")
-    total = sum(candidate.bytes for candidate in found) / 1e6
-    typer.echo(f"{total:10.1f} MB  {'deleted' if yes else 'could go; add --yes to delete'}")
+    for row in going:
+        typer.echo(f"{row.bytes / 1e6:10.1f} MB  {row.kind} {row.uri}  ({row.why})")
+    total = sum(row.bytes for row in going) / 1e6
+    typer.echo(f"{total:10.1f} MB  {'deleted' if yes else 'could go; add --yes to delete'}; {len(kept)} things stay")
 
 
 def list_kind(
@@ -171,6 +179,16 @@ def aligned_rows(rows: list[dict[str, Any]]) -> str:
     """Rows of one kind as a table with a head; empty without rows."""
     if not rows:
         return ""
-    lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    lines = [list(rows[0]), *([_shown(name, value) for name, value in row.items()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def _shown(name: str, value: Any) -> str:
+    """A value of a listing, for people."""
+    if name == "bytes":
+        return f"{value / 1e6:.1f} MB"
+    if name == "changed":
+        hours = (time.time() - value) / 3600
+        return f"{hours:.1f} h ago" if hours < 48 else f"{hours / 24:.0f} days ago"
+    return str(value)

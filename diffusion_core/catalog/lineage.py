@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from diffusion_core.bundle import bundle_digest, read_bundle_config
@@ -21,38 +20,28 @@ def lineage(reference: str, store: str, image_id: int | None = None) -> list[Ste
     """The chain of origins of an image set, an image of it, a model, a bundle, a run or a dataset version.
 
     Args:
-        reference: URI or id of a set, a run or a bundle; `models:/name@alias`; URI or `name/version` of a dataset.
+        reference: any name or place that `find` knows.
         image_id: of a set: start from this image.
 
     Raises:
         UserError: there is nothing of that name.
     """
-    steps = list(_steps(reference, store, image_id))
-    if not steps:
-        raise UserError(
-            f"{reference}: there is no image set, model, bundle, run or dataset of that name in the store {store}."
-        )
-    return steps
+    return list(_steps(reference, store, image_id))
 
 
 def _steps(reference: str, store: str, image_id: int | None) -> Iterator[Step]:
-    images = find.image_set(reference, store)
-    if Directory(images).exists(layout.SET):
-        yield from _of_images(images, store, image_id)
-        return
-    if image_id is not None:
+    found = find.anything(reference, store)
+    if image_id is not None and found.what != "image set":
         raise UserError(f"--image: {reference} is not an image set, so it has no image {image_id}.")
-    if reference.startswith("models:"):
-        yield from _of_model(reference, store)
-        return
-    with suppress(UserError):
-        dataset = find.dataset(reference, store, "dataset")
-        if Directory(dataset).exists(layout.MANIFEST):
-            yield from _of_dataset(dataset)
-            return
-    bundle = find.bundle_uri(reference, store)
-    if Directory(bundle).exists(layout.BUNDLE):
-        yield from _of_bundle(bundle)
+    match found.what:
+        case "image set":
+            yield from _of_images(found.uri, store, image_id)
+        case "model":
+            yield from _of_model(reference, store)
+        case "dataset version":
+            yield from _of_dataset(found.uri)
+        case _:
+            yield from _of_bundle(found.uri)
 
 
 def _of_images(uri: str, store: str, image_id: int | None) -> Iterator[Step]:
@@ -96,9 +85,7 @@ def _of_image(images: ImageSet, image_id: int) -> Iterator[Step]:
 
 
 def _of_model(reference: str, store: str) -> Iterator[Step]:
-    from diffusion_core.tracking import resolve_model
-
-    model = resolve_model(reference, store)
+    model = find.model(reference, store)
     yield {"what": "model version", "id": model.version, "tags": model.tags}
     yield from _of_bundle(model.bundle_uri)
 

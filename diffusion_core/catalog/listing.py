@@ -1,27 +1,40 @@
-"""What is in a store: datasets, runs, models and image sets, as rows of plain values."""
+"""What is in a store: datasets, runs, models and image sets, as rows of plain values.
+
+The first value of a row names the thing wherever one is asked for. `bytes` are those of all its files, `changed` is
+when it was changed last, in Unix seconds.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+from diffusion_core.catalog.find import newest_version
 from diffusion_core.store import Directory, layout
 
 Row = dict[str, Any]
 
 
 def datasets(store: str) -> list[Row]:
-    """Every complete dataset version."""
+    """Every complete dataset version; `alias` is the name alone for the newest of its name."""
     rows = []
     root = Directory(store) / layout.DATASETS
     for name in root.children():
-        for version in (root / name).children():
+        versions = [child for child in (root / name).children() if (root / name / child).exists(layout.MANIFEST)]
+        newest = newest_version(root / name, versions) if versions else None
+        for version in versions:
             place = root / f"{name}/{version}"
-            if place.exists(layout.MANIFEST):
-                manifest = place.read_json(layout.MANIFEST)
-                splits = " ".join(f"{split}={rows}" for split, rows in manifest["splits"].items())
-                shape = "x".join(map(str, manifest["image_shape"]))
-                rows.append({"dataset": f"{name}/{version}", "images": splits, "shape": shape, "uri": place.uri})
+            manifest = place.read_json(layout.MANIFEST)
+            rows.append(
+                {
+                    "dataset": f"{name}/{version}",
+                    "alias": name if version == newest else "",
+                    "images": " ".join(f"{split}={rows}" for split, rows in manifest["splits"].items()),
+                    "shape": "x".join(map(str, manifest["image_shape"])),
+                    **_size_and_age(place),
+                    "uri": place.uri,
+                }
+            )
     return rows
 
 
@@ -38,6 +51,7 @@ def runs(store: str) -> list[Row]:
                 "run": run_id,
                 "checkpoint": _newest((place / layout.CHECKPOINTS).children()),
                 "bundle": _newest(exported),
+                **_size_and_age(place),
                 "uri": place.uri,
             }
         )
@@ -48,15 +62,18 @@ def models(store: str) -> list[Row]:
     """Every version of every registered model."""
     from diffusion_core.tracking import list_models
 
+    found = list_models(store)
+    latest = {row["name"]: row["version"] for row in found}  # the versions of a name come in order
     return [
         {
             "model": f"models:/{row['name']}/{row['version']}",
-            "aliases": " ".join(row["aliases"]),
+            "aliases": " ".join([*row["aliases"], *(["latest"] if latest[row["name"]] == row["version"] else [])]),
             "run": row["tags"].get("run_id", ""),
             "dataset": f"{row['tags'].get('dataset', '')}/{row['tags'].get('dataset_version', '')}",
+            "changed": row["created"],
             "bundle": row["tags"].get("bundle_uri", ""),
         }
-        for row in list_models(store)
+        for row in found
     ]
 
 
@@ -65,14 +82,21 @@ def imagesets(store: str) -> list[Row]:
     from diffusion_core.generation.imageset import open_imageset
 
     root = Directory(store) / layout.IMAGES
-    evaluated = {report["image_set"] for report in evaluations(store).values()}
+    evaluated = {Directory(report["image_set"]).name for report in evaluations(store).values()}
     rows = []
     for set_id in root.children():
         if (root / set_id).exists(layout.SET):
             images = open_imageset(root / set_id)
-            total, run = images.total_images(), images.description.run_id
-            made_for = "evaluation" if images.uri in evaluated else "use"
-            rows.append({"set": set_id, "images": total, "for": made_for, "run": run, "uri": images.uri})
+            rows.append(
+                {
+                    "set": set_id,
+                    "images": images.total_images(),
+                    "for": "evaluation" if set_id in evaluated else "use",
+                    "run": images.description.run_id,
+                    **_size_and_age(images.directory),
+                    "uri": images.uri,
+                }
+            )
     return rows
 
 
@@ -81,13 +105,6 @@ def evaluations(store: str) -> dict[str, Row]:
     root = Directory(store) / layout.EVALUATIONS
     places = (root / child for child in root.children())
     return {place.uri: place.read_json(layout.EVALUATION) for place in places if place.exists(layout.EVALUATION)}
-
-
-def comparisons(store: str) -> dict[str, Row]:
-    """What every comparison of samplers is about, by its URI."""
-    root = Directory(store) / layout.COMPARISONS
-    places = (root / child for child in root.children())
-    return {place.uri: place.read_json(layout.ABOUT) for place in places if place.exists(layout.ABOUT)}
 
 
 KINDS: dict[str, Callable[[str], list[Row]]] = {
@@ -101,3 +118,10 @@ KINDS: dict[str, Callable[[str], list[Row]]] = {
 def _newest(names: list[str]) -> str:
     numbers = [name for name in names if name.isdecimal()]
     return max(numbers, key=int) if numbers else ""
+
+
+def _size_and_age(place: Directory) -> dict[str, float]:
+    size, changed = 0, 0.0
+    for entry in place.list():
+        size, changed = size + entry.size, max(changed, entry.modified)
+    return {"bytes": size, "changed": changed}

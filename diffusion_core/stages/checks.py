@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from diffusion_core.catalog import find
 from diffusion_core.config import UserError
 from diffusion_core.data.config import DatasetConfig, SourceConfig, SourceKind, SplitSource
 from diffusion_core.diffusion.config import GuidanceConfig, ProcessConfig, check_guidance_scale
@@ -171,7 +172,7 @@ def check_guidance(
 
 def check_unmoved(field: str, reference: str | None, model: str) -> None:
     """A pipeline uses no alias that it may move itself: done again, it would be another run, or another set."""
-    if reference and reference.startswith(f"models:/{model}@"):
+    if reference and (find.registered(reference) or "").startswith(f"models:/{model}@"):
         raise UserError(
             f"{field}: {reference} means another version once this pipeline registers its own, and the same command "
             f"would not do the same again: name a version, as models:/{model}/1."
@@ -191,12 +192,8 @@ def check_init_from(
 
 
 def bundle_of(model: str, store: str) -> str:
-    """The URI of the bundle that a model reference names; a bundle's own URI is returned as it is."""
-    if not model.startswith("models:"):
-        return model
-    from diffusion_core import tracking
-
-    return tracking.resolve_model(model, store).bundle_uri
+    """The URI of the bundle that a reference names."""
+    return find.bundle_uri(model, store)
 
 
 def check_resources(field: str, resources: Resources, backend: BackendConfig) -> None:

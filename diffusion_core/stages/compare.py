@@ -39,7 +39,7 @@ class CompareResult(Result):
 
 
 class CompareOptions(o.Options):
-    model: Annotated[str, Field(description="Bundle, run, or models:/name@alias whose samplers compete.")]
+    model: Annotated[str, Field(description="Model whose samplers compete: name@alias, run or bundle.")]
     dataset: o.Dataset = None
     sampler: Annotated[
         tuple[str, ...],

@@ -47,7 +47,7 @@ class EvaluateResult(Result):
 
 
 class EvaluateOptions(o.Options):
-    model: Annotated[str, Field(description="Bundle, run, or models:/name@alias to measure.")]
+    model: Annotated[str, Field(description="Model to measure: name@alias, name/version, run or bundle.")]
     dataset: o.Dataset = None
     samples: o.Samples = None
     workers: o.Workers = None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class GenerateRequest(Request):
-    model: str = Field(description="models:/name@alias, models:/name/version, or the URI of a bundle.")
+    model: str = Field(description="Model: name@alias, name/version, a run, or the URI of a bundle.")
     generation: GenerationConfig = GenerationConfig()
     bundle_uri: str | None = execution(
         None, description="The bundle of that version, where it is known: the registry is not asked for it then."
@@ -66,7 +66,7 @@ class GenerateResult(Result):
 
 
 class GenerateOptions(o.Options):
-    model: Annotated[str | None, Field(description="models:/name@alias, models:/name/version, or a bundle.")] = None
+    model: Annotated[str | None, Field(description="Model: name@alias, name/version, run or bundle.")] = None
     name: o.Name = None
     count: o.Count = None
     first_image_id: o.FirstImageId = None
@@ -96,7 +96,7 @@ class GenerateOptions(o.Options):
         from diffusion_core.catalog import find
 
         if self.model is None and not (self.preset or self.config or self.name):
-            raise UserError("--model: a model is needed, as models:/digits@champion, or --name of a registered model.")
+            raise UserError("--model: a model is needed, as digits@champion, or --name of a registered model.")
         model = self.model or f"models:/{config.name}@champion"
         return GenerateRequest.of(config, find.model_reference(model, config.store))
 
@@ -104,10 +104,11 @@ class GenerateOptions(o.Options):
 def check(request: GenerateRequest, backend: BackendConfig) -> None:
     """The model makes images, and sampler, guidance and labels suit it."""
     from diffusion_core.bundle import check_makes_images, read_bundle_config
+    from diffusion_core.catalog import find
     from diffusion_core.diffusion.config import check_sampler
     from diffusion_core.stages import checks
 
-    checks.check_place(request, "generate", backend, mlflow=request.model.startswith("models:"))
+    checks.check_place(request, "generate", backend, mlflow=find.registered(request.model) is not None)
     bundle = read_bundle_config(checks.bundle_of(request.model, request.store))
     check_makes_images(request.model, bundle)
     check_sampler("generation.sampler", request.generation.sampler, bundle.process)
@@ -164,14 +165,10 @@ def _settled(request: GenerateRequest) -> str:
 
 def _resolve(model: str, store: str) -> tuple[str, str]:
     """URI of the bundle that a reference means, and the version by which to call it."""
-    if not model.startswith("models:/"):
-        from diffusion_core.bundle import bundle_digest
+    from diffusion_core.catalog import find
 
-        return model, bundle_digest(model)
-    from diffusion_core.tracking import resolve_model
-
-    resolved = resolve_model(model, store)
-    return resolved.bundle_uri, resolved.version
+    resolved = find.model(model, store)
+    return resolved.bundle_uri, resolved.version if resolved.name else resolved.digest
 
 
 def rows(result: GenerateResult) -> Rows:

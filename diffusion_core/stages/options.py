@@ -113,7 +113,7 @@ Source = Annotated[
 ImageSize = Annotated[
     str | None, Field(description="Size in pixels, as 32, or height and width, as 32x48."), Typed(_image_size)
 ]
-Dataset = Annotated[str | None, Field(description="Dataset version: name, name/version or URI.")]
+Dataset = Annotated[str | None, Field(description="Dataset: name (its newest version), name@version, or URI.")]
 Images = Annotated[
     int | None, Field(description="Train until this many images were seen."), Typed("training.images", metavar="N")
 ]
@@ -125,7 +125,7 @@ BatchSize = Annotated[
 ]
 InitFrom = Annotated[
     str | None,
-    Field(description="Bundle or models:/name@alias to start training from."),
+    Field(description="Model to start training from: name@alias, run or bundle."),
     Typed("training.init_from"),
 ]
 Samples = Annotated[

@@ -18,7 +18,7 @@ from diffusion_core.config import UserError, explain
 from diffusion_core.networks.config import LevelsConfig
 from diffusion_core.stages.config import PipelineConfig
 
-_DURATION = re.compile(r"^(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?$")
+_DURATION = re.compile(r"^(?:(\d+(?:\.\d+)?)d)?(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?$")
 
 
 def load_config(
@@ -103,12 +103,12 @@ def read_yaml(path: Path, option: str = "--config") -> dict[str, Any]:
 
 
 def seconds(text: str, option: str = "--time-budget") -> float:
-    """`1200`, `20m`, `90s` or `1h30m` in seconds."""
+    """`1200`, `20m`, `90s`, `1h30m` or `30d` in seconds."""
     match = _DURATION.match(text.strip())
     if not match or not any(match.groups()):
-        raise UserError(f"{option} {text}: it is not a time; give seconds as 1200, or 20m, or 1h30m.")
-    hours, minutes, rest = (float(part or 0) for part in match.groups())
-    return hours * 3600 + minutes * 60 + rest
+        raise UserError(f"{option} {text}: it is not a time; give seconds as 1200, or 20m, 1h30m or 30d.")
+    days, hours, minutes, rest = (float(part or 0) for part in match.groups())
+    return days * 86400 + hours * 3600 + minutes * 60 + rest
 
 
 def as_values(config: BaseModel) -> dict[str, Any]:

@@ -104,11 +104,11 @@ def run(request: TrainRequest) -> TrainResult:
 def _resolved(request: TrainRequest) -> str | None:
     """The URI of the bundle to start from, if any."""
     reference = request.spec.training.init_from
-    if reference is None or not reference.startswith("models:/"):
-        return reference
-    from diffusion_core.tracking import resolve_model
+    if reference is None:
+        return None
+    from diffusion_core.catalog import find
 
-    return resolve_model(reference, request.store).bundle_uri
+    return find.bundle_uri(reference, request.store)
 
 
 def rows(result: TrainResult) -> Rows:

@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -175,6 +176,23 @@ def acquire(
     return got
 
 
+def seems_held(directory: Directory, silence_s: float) -> bool:
+    """Whether somebody holds the lease, as far as one can tell who does not stay to listen to its heart.
+
+    Args:
+        silence_s: of a holder on another machine, seconds since its last sign of life, by the clock of the store, after
+            which it counts as gone. Clocks may differ: give more than they do.
+    """
+    number = _newest(directory)
+    if not number or _is_dead(directory, number, None):
+        return False
+    with suppress(FileNotFoundError):
+        if directory.read_json(f"{number}.json").get("host") == _host():
+            return True
+    last_sign = max((entry.modified for entry in directory.list(f"{number}.")), default=0.0)
+    return time.time() - last_sign < silence_s
+
+
 def _newest(directory: Directory) -> int:
     """The highest number that a listing shows. It may lag behind: creating decides."""
     numbers = [entry.key.removesuffix(".json") for entry in directory.list()]
@@ -186,7 +204,10 @@ def _is_dead(directory: Directory, number: int, after: Held | None) -> bool:
         return True
     if after is not None and after.number == number:
         return after.outcome() is not None
-    return _process_is_gone(directory.read_json(f"{number}.json"))
+    try:
+        return _process_is_gone(directory.read_json(f"{number}.json"))
+    except FileNotFoundError:  # somebody cleared up what had ended long ago
+        return True
 
 
 def _token(directory: Directory, number: int) -> str | None:

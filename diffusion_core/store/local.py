@@ -117,4 +117,4 @@ def _walk(folder: str, at: str, prefix: str, above: tuple[tuple[int, int], ...])
             with suppress(FileNotFoundError):
                 status = entry.stat()
                 if stat.S_ISREG(status.st_mode):
-                    yield Entry(key, status.st_size, str(status.st_mtime_ns))
+                    yield Entry(key, status.st_size, str(status.st_mtime_ns), status.st_mtime)

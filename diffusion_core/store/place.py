@@ -21,11 +21,15 @@ class StoreFull(UserError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One file of a listing: its key, its size in bytes, and a stamp that changes when the file does."""
+    """One file of a listing: its key, its size in bytes, and a stamp that changes when the file does.
+
+    modified: when the file was written, in Unix seconds by the clock of the store.
+    """
 
     key: str
     size: int
     stamp: str
+    modified: float
 
 
 class Place(Protocol):

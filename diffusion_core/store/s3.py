@@ -66,7 +66,8 @@ class S3Place(NamedTuple):
             for item in page.get("Contents", []):
                 key = item["Key"].removeprefix(self.prefix)
                 if key and not key.endswith("/"):  # consoles mark an empty folder with an object named "folder/"
-                    yield Entry(key, item["Size"], item["ETag"].strip('"'))
+                    modified = item["LastModified"].timestamp()
+                    yield Entry(key, item["Size"], item["ETag"].strip('"'), modified)
 
     def children(self) -> Names:
         pages = self._pages(Prefix=self.prefix, Delimiter="/")

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 REFERENCE = re.compile(r"models:/(?P<name>[^/:@]+)(?:@(?P<alias>[A-Za-z0-9_-]+)|/(?P<version>[0-9]+))")
 
 
+LATEST = "latest"  # as an alias: the version with the highest number
+
+
 @dataclass(frozen=True)
 class ResolvedModel:
     """The bundle that a model reference names.
@@ -70,7 +73,10 @@ def check_alias(reference: str, store: str | Directory) -> None:
 
 
 def find_version(reference: str, store: str | Directory) -> ModelVersion:
-    """The version that `models:/name@alias` or `models:/name/version` names; `UserError` if there is none."""
+    """The version that `models:/name@alias` or `models:/name/version` names; `UserError` if there is none.
+
+    The alias `latest` means the newest version.
+    """
     parts = REFERENCE.fullmatch(reference)
     if parts is None:
         raise UserError(
@@ -82,6 +88,8 @@ def find_version(reference: str, store: str | Directory) -> ModelVersion:
         known = ", ".join(model_names(store)) or "none"
         raise UserError(f"There is no registered model {name!r}; registered are: {known}.")
     aliases = model_aliases(store, name)
+    if alias == LATEST:  # MLflow reserves the word
+        return versions[-1]
     wanted = int(number) if number else aliases.get(alias)
     if wanted is None:
         shown = ", ".join(f"{key} (version {value})" for key, value in sorted(aliases.items())) or "none"

@@ -151,6 +151,10 @@ def test_a_store_that_was_away_for_the_job_is_one_sentence_and_no_mistake_of_the
         )
 
 
+def _ended(store: str) -> list[prune.Row]:
+    return [row for row in prune.plan(store, prune.Retention(older_than_s=-1)) if row.goes]
+
+
 def test_the_log_is_in_the_store_while_the_job_runs(run_program, store: str, monkeypatch: pytest.MonkeyPatch):
     """So a killed machine leaves it; and who clears up can tell the job from one that has ended."""
     monkeypatch.setattr("diffusion_core.jobs.log.EVERY_S", 0.05)
@@ -160,12 +164,12 @@ def test_the_log_is_in_the_store_while_the_job_runs(run_program, store: str, mon
         (name,) = (Directory(store) / "jobs").children()
         job = Directory(f"{store}/jobs/{name}")
         wait_until(lambda: job.exists("log.txt") and f"{line}\n".encode() in job.read("log.txt"))
-        seen.append(job.exists("running.json") and not list(prune.candidates(store, -1, unused=False)))
+        seen.append(job.exists("running.json") and not _ended(store))
 
     with pytest.raises(JobFailed):
         run_program("import sys; print('one', flush=True); print('two', flush=True); sys.exit(3)", on_line=look)
     assert seen == [True, True]
-    (ended,) = prune.candidates(store, -1, unused=False)
+    (ended,) = _ended(store)
     assert not Directory(ended.uri).exists("running.json")
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from diffusion_core.bundle import bundle_digest, load_bundle
-from diffusion_core.catalog import listing, prune
+from diffusion_core.catalog.things import survey
 from diffusion_core.config import UserError
 from diffusion_core.diffusion import build_sampler, make_process
 from diffusion_core.diffusion.config import GuidanceConfig, ProcessConfig, SamplerConfig, SamplerKind
@@ -155,7 +155,6 @@ def test_more_seeds_and_contestants_are_added_to_what_is_there(place, inline, st
     assert (more.cells, more.made) == (9, 5)
     assert more.uri.partition("/views/")[0] == first.uri.partition("/views/")[0]
     assert {key: data for key, data in stored(more.uri).items() if key in cells} == cells
-    assert listing.comparisons(store)[first.uri.partition("/views/")[0]]["bundle"]["run_id"] == RUN_OF_TINY_BUNDLES
     assert more.comparison.standings[0].distances[:2] == found.standings[0].distances
 
     named = [{"name": "mine", "sampler": {"kind": "heun", "steps": 2}}, "ddpm:6"]
@@ -164,10 +163,10 @@ def test_more_seeds_and_contestants_are_added_to_what_is_there(place, inline, st
     assert renamed.comparison.standings[0].distances == more.comparison.standings[2].distances
 
 
-def test_prune_takes_the_comparisons_of_a_run_that_goes(place, inline, store):
+def test_a_comparison_goes_and_stays_with_its_run(place, inline, store):
     home = run(request_of(place, store)).uri.partition("/views/")[0]
-    assert [found.uri for found in prune._their_measurements(store, {RUN_OF_TINY_BUNDLES})] == [home]
-    assert list(prune._their_measurements(store, {"another"})) == []
+    key, its_run, found = f"comparisons/{Directory(home).name}", f"runs/{RUN_OF_TINY_BUNDLES}", survey(Directory(store))
+    assert key in found.things and found.needs[its_run] == {key} and its_run in found.needs[key]
 
 
 def test_another_number_of_images_is_another_comparison(place, inline, store):

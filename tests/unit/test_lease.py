@@ -11,7 +11,7 @@ import time
 import pytest
 
 from diffusion_core.store import Directory
-from diffusion_core.store.lease import Held, Lease, acquire, claim
+from diffusion_core.store.lease import Held, Lease, acquire, claim, seems_held
 
 ELSEWHERE = {"host": "another machine", "pid": 1, "started": "1"}
 
@@ -175,3 +175,16 @@ def test_claims_are_readable_json(place):
     claim(place, {"job": "x"}).end()
     owner = json.loads(place.read("1.json"))
     assert owner["job"] == "x" and owner["pid"] > 0 and owner["host"]
+
+
+def test_who_does_not_listen_judges_by_the_process_if_it_is_here_and_else_by_the_last_sign(place):
+    assert not seems_held(place, 3600)
+    with claim(place, {}):
+        assert seems_held(place, 0)
+    assert not seems_held(place, 3600)
+    place.write_json("2.json", ELSEWHERE)
+    assert seems_held(place, 3600) and not seems_held(place, 0)
+    place.write_json("2.end.json", {"outcome": "ok"})
+    assert not seems_held(place, 3600)
+    place.write_json("3.json", {**ELSEWHERE, "host": place.read_json("1.json")["host"]})
+    assert not seems_held(place, 3600), "that process is gone"

@@ -329,7 +329,7 @@ def test_the_stage_exports_it(finished):
     with pytest.raises(UserError, match=r"^sigma_rel: '0\.5' is not accepted: .* less than or equal to 0\.28"):
         understood(ExportOptions, {**given, "sigma_rel": "0.5"})
     options, config = understood(ExportOptions, {**given, "run": "nothing"})
-    with pytest.raises(UserError, match=f"There is no run nothing; the runs of the store {store} are: {run.run_id}"):
+    with pytest.raises(UserError, match=f"There is no run nothing; the runs are: {run.run_id}"):
         options.request(config)
 
 
