@@ -62,8 +62,8 @@ def generate(
 class PruneOptions(Config):
     """What the overrides of a scheduled prune may say."""
 
-    older_than: str = Field("168h", description="Age from which job files may go, as 24h.")
-    unused: bool = Field(False, description="Also runs and datasets that nothing came from.")
+    older_than: str = Field("7d", description="Age from which things may go, as 30d or 24h.")
+    unused: bool = Field(False, description="Also runs, datasets and figures that nothing needs.")
 
 
 @flow(name="prune-store", persist_result=False)
@@ -71,11 +71,11 @@ def prune(store: Store, overrides: dict[str, Any] | None = None) -> int:
     """Delete what the store can do without; the bytes that this freed."""
     check_readable(store)
     options = prune_options(overrides or {})
-    found = pruning.candidates(store, seconds(options.older_than, "older_than"), options.unused)
-    for candidate in found:
-        pruning.remove(candidate)
-        get_run_logger().info("%s deleted (%s)", candidate.uri, candidate.why)
-    return sum(candidate.bytes for candidate in found)
+    retention = pruning.Retention(seconds(options.older_than, "older_than"), options.unused)
+    gone = [row for row in pruning.apply(store, pruning.plan(store, retention), retention) if row.goes]
+    for row in gone:
+        get_run_logger().info("%s deleted (%s)", row.uri, row.why)
+    return sum(row.bytes for row in gone)
 
 
 def prune_options(overrides: dict[str, Any]) -> PruneOptions:
