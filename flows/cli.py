@@ -7,6 +7,7 @@ import sys
 import typer
 
 from flows import cli_setup, cli_store
+from flows.schedules.cli import schedule_app
 from flows.verbs import Verbs
 
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
@@ -55,6 +56,7 @@ def _told(error: Exception) -> int:
 
 cli_store.add_to(app)
 cli_setup.add_to(app)
+app.add_typer(schedule_app, name="schedule")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -157,7 +157,7 @@ def list_kind(
     if as_json:
         print_json(rows)
     else:
-        typer.echo(_table(rows) or f"no {kind} in {_place(store)}")
+        typer.echo(aligned_rows(rows) or f"no {kind} in {_place(store)}")
 
 
 def _place(store: str | None) -> str:
@@ -175,7 +175,8 @@ def _say_champion(model: str, version: int, as_json: bool) -> None:
         typer.echo(f"models:/{model}@champion is now version {version}")
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
+def aligned_rows(rows: list[dict[str, Any]]) -> str:
+    """Rows of one kind as a table with a head; empty without rows."""
     if not rows:
         return ""
     lines = [list(rows[0]), *([_shown(name, value) for name, value in row.items()] for row in rows)]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import flow
+from prefect import flow, get_run_logger
 
 from diffusion_core.stages import pipeline
 from diffusion_core.stages.config import PipelineConfig
+from diffusion_core.stages.generate import GenerateRequest
 from diffusion_core.stages.pipeline import STEPS, PipelineResult
-from flows import artifacts
+from flows import artifacts, last_run
 from flows.checked import check_unless_done
 from flows.stages import run_stage
 
@@ -17,10 +18,20 @@ from flows.stages import run_stage
 @flow(name="diffusion-pipeline")
 def diffusion_pipeline(config: PipelineConfig) -> PipelineResult:
     """Images → dataset version → trained bundle → figures → registered model version → generated images."""
+    return run_pipeline(config)
+
+
+def run_pipeline(config: PipelineConfig, asked: str | None = None) -> PipelineResult:
+    """The stages one after the other. `asked` names who asks for new images, in place of those that are configured."""
     check_unless_done(lambda: pipeline.check(config))
     done: dict[str, Any] = {}
     for step in STEPS:
-        done[step.field] = run_stage(step.stage, step.request(config, done), config.backend)
+        request = step.request(config, done)
+        if asked and isinstance(request, GenerateRequest):
+            request = request.for_new_images(asked)
+        done[step.field] = run_stage(step.stage, request, config.backend)
     result = PipelineResult(name=config.name, store=config.store, **done)
+    result = result.model_copy(update={"news": last_run.news(result)})
+    get_run_logger().info(result.news)
     artifacts.of_pipeline(result)
     return result

@@ -33,9 +33,9 @@ class HashCache:
 
     def __init__(self, directory: Directory, uri: str) -> None:
         self._directory, self._uri = directory, uri
-        rows = self._table().filter(pc.field("uri") == uri)
-        columns = [rows[name].to_pylist() for name in ("key", "size", "stamp", "sha256")]
-        self._known = {key: (size, stamp, sha256) for key, size, stamp, sha256 in zip(*columns, strict=True)}
+        table = self._table()  # not filtered by pyarrow, which would import pandas where nothing else needs it
+        columns = zip(*(table[name].to_pylist() for name in _SCHEMA.names), strict=True)
+        self._known = {key: (size, stamp, sha256) for its, key, size, stamp, sha256 in columns if its == uri}
 
     def get(self, file: SourceFile) -> str | None:
         size, stamp, sha256 = self._known.get(file.key, (None, None, None))
@@ -62,10 +62,10 @@ class HashCache:
 
     def _table(self) -> pa.Table:
         try:
-            return pq.read_table(pa.BufferReader(self._directory.read(layout.SOURCE_HASHES)), schema=_SCHEMA)
+            return pq.ParquetFile(pa.BufferReader(self._directory.read(layout.SOURCE_HASHES))).read().cast(_SCHEMA)
         except FileNotFoundError:
             pass
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             log.warning(
                 "%s/%s is damaged (%s): the source is hashed again.", self._directory.uri, layout.SOURCE_HASHES, error
             )

@@ -112,11 +112,11 @@ class ImageSet:
 
     # Growing.
 
-    def look(self, first_image_id: int | None, count: int) -> Range:
+    def look(self, first_image_id: int | None, count: int, asked: str | None = None) -> Range:
         """What a request is about (see `plan.look`); nothing is written."""
-        return look(self.directory, first_image_id, count, self._unfinished)
+        return look(self.directory, first_image_id, count, self._unfinished, asked)
 
-    def extend(self, first_image_id: int | None, count: int) -> Range:
+    def extend(self, first_image_id: int | None, count: int, asked: str | None = None) -> Range:
         """Plan a request; returns what it is about."""
         if not self.directory.exists(layout.SET):
             listed = {}
@@ -124,7 +124,7 @@ class ImageSet:
                 table = pa.table({"label": pa.array(self.labels.values, pa.int32())})
                 listed[layout.LABELS] = write_parquet(table)
             _RECORD.commit(self.directory, listed, self.description.model_dump(mode="json"))
-        return extend(self.directory, self.generation.images_per_shard, first_image_id, count, self._unfinished)
+        return extend(self.directory, self.generation.images_per_shard, first_image_id, count, self._unfinished, asked)
 
     def missing(self, wanted: Range) -> list[Shard]:
         """The shards with images of a range that are planned and seem not to be committed yet: worth an attempt."""

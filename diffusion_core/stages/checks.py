@@ -80,7 +80,7 @@ def check_store(store: str) -> None:
     check_reachable(place.uri)
 
 
-def check_source(source: SourceConfig) -> None:
+def check_source(source: SourceConfig, store: str | None = None) -> None:
     """There is something to read where the images should come from."""
     if source.kind is SourceKind.DIGITS:
         if importlib.util.find_spec("sklearn") is None:
@@ -95,7 +95,7 @@ def check_source(source: SourceConfig) -> None:
     if len(list(islice(place.list(), LISTED_AT_ONCE))) < LISTED_AT_ONCE:  # the job lists a larger one soon enough
         from diffusion_core.data.sources import open_source
 
-        open_source(source)
+        open_source(source, store)
 
 
 def _check_local_source(uri: str, path: Path) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from diffusion_core.config import UserError
+from diffusion_core.config import UserError, execution
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.jobs.request import Request, Result
 from diffusion_core.stages import options as o
@@ -21,10 +21,36 @@ if TYPE_CHECKING:
 class GenerateRequest(Request):
     model: str = Field(description="Model: name@alias, name/version, a run, or the URI of a bundle.")
     generation: GenerationConfig = GenerationConfig()
+    bundle_uri: str | None = execution(
+        None, description="The bundle of that version, where it is known: the registry is not asked for it then."
+    )
+    asked: str | None = execution(
+        None,
+        pattern=r"^[A-Za-z0-9._-]{1,100}$",
+        description="Who asks for new images, as the id of a scheduled run: the first request of each id makes new "
+        "ones, and every later one is about the same images of the same model version.",
+    )
 
     @classmethod
-    def of(cls, config: PipelineConfig, model: str) -> GenerateRequest:
-        return cls(store=config.store, resources=config.resources.generate, model=model, generation=config.generation)
+    def of(cls, config: PipelineConfig, model: str, bundle_uri: str | None = None) -> GenerateRequest:
+        return cls(
+            store=config.store,
+            resources=config.resources.generate,
+            model=model,
+            generation=config.generation,
+            bundle_uri=bundle_uri,
+        )
+
+    def for_new_images(self, asked: str) -> GenerateRequest:
+        """The request for new images, whatever ids the configuration names."""
+        generation = self.generation.model_copy(update={"first_image_id": None})
+        return self.model_copy(update={"generation": generation, "asked": asked})
+
+    @model_validator(mode="after")
+    def _new_or_named(self) -> GenerateRequest:
+        if self.asked is not None and self.generation.first_image_id is not None:
+            raise ValueError("asked means new images, and generation.first_image_id names some: leave one of them out")
+        return self
 
 
 class GenerateResult(Result):
@@ -97,8 +123,18 @@ def run(request: GenerateRequest) -> GenerateResult:
     from diffusion_core.store import layout
 
     began = time.monotonic()
-    bundle_uri, version = _resolve(request.model, request.store)
-    done = generate(bundle_uri, request.generation, request.store, request.resources, model_version=version)
+    if request.bundle_uri:
+        bundle_uri, version = request.bundle_uri, request.model.removeprefix("models:/")
+    else:
+        bundle_uri, version = _resolve(_settled(request), request.store)
+    done = generate(
+        bundle_uri,
+        request.generation,
+        request.store,
+        request.resources,
+        model_version=version,
+        asked=request.asked,
+    )
     return GenerateResult(
         seconds=time.monotonic() - began,
         reused=done.generated == 0,
@@ -112,6 +148,19 @@ def run(request: GenerateRequest) -> GenerateResult:
         total_images=done.images.total_images(),
         images_per_second=done.images_per_second,
     )
+
+
+def _settled(request: GenerateRequest) -> str:
+    """The model that is meant. Who asks keeps the version that an alias named when it first asked."""
+    from diffusion_core.store import Directory, layout
+
+    if request.asked is None or "@" not in request.model:
+        return request.model
+    store, key = Directory(request.store), layout.asked(request.asked)
+    if not store.exists(key):
+        _, version = _resolve(request.model, request.store)
+        store.create_json(key, {"schema_version": 1, "model": f"models:/{version}"})
+    return str(store.read_json(key)["model"])
 
 
 def _resolve(model: str, store: str) -> tuple[str, str]:

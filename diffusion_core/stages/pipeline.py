@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pydantic import Field
+
 from diffusion_core.config import Config, UserError
 from diffusion_core.jobs.request import Request, Result
 from diffusion_core.stages import options as o
@@ -53,7 +55,11 @@ STEPS = (
         ),
     ),
     # Of the version that was registered here, champion or not: its set is part of the answer.
-    Step("generate", "images", lambda config, done: GenerateRequest.of(config, done["version"].reference)),
+    Step(
+        "generate",
+        "images",
+        lambda config, done: GenerateRequest.of(config, done["version"].reference, done["run"].bundle_uri),
+    ),
 )
 
 
@@ -67,6 +73,7 @@ class PipelineResult(Config):
     evaluation: EvaluateResult
     version: RegisterResult
     images: GenerateResult
+    news: str = Field("", description="One sentence: what was done, or since when nothing has changed.")
 
     @property
     def stages(self) -> dict[str, Result]:
@@ -101,7 +108,7 @@ def check(config: PipelineConfig) -> None:
     checks.check_services(config.store, config.backend)
     for stage in type(config.resources).model_fields:
         checks.check_resources(f"resources.{stage}", getattr(config.resources, stage), config.backend)
-    checks.check_source(config.source)
+    checks.check_source(config.source, config.store)
     if config.network.kind == "classifier":
         raise UserError("network.kind: a classifier makes no images to evaluate: train it alone, with diffusion train.")
     checks.check_size(config.source, config.dataset, config.network)
@@ -142,5 +149,6 @@ def rows(result: PipelineResult) -> Rows:
         ("", version.reason),
         ("image set", f"{images.uri}  {images.images:,} images, {images.generated:,} new"),
         ("contact sheet", images.contact_sheet),
+        ("news", result.news),
         ("seconds", ", ".join(f"{name} {seconds(stage)}" for name, stage in result.stages.items())),
     ]

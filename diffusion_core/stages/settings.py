@@ -27,6 +27,7 @@ def load_config(
     settings: Iterable[str] = (),
     shortcuts: Mapping[str, Any] | None = None,
     unneeded: Mapping[str, Any] | None = None,
+    where: str = "--set",
 ) -> PipelineConfig:
     """A preset, or a YAML file (which may name the preset it starts from), with overrides; the last word wins.
 
@@ -36,6 +37,7 @@ def load_config(
         settings: `field.path=value` with the value in YAML.
         shortcuts: values by field path, as the options of the command give them; None means not given.
         unneeded: stand-ins for required fields that the caller does not use, where nothing else sets them.
+        where: what the settings are called in the sentence about a wrong one.
 
     Raises:
         UserError: one sentence that names the first field that is wrong.
@@ -46,12 +48,12 @@ def load_config(
         raise UserError(f"--preset is {preset} but {file} starts from the preset {base}: leave one of them out.")
     if preset or base:
         values = _upon(preset or base, values)
-    overrides = dict(_split_setting(text) for text in settings)
+    overrides = dict(split_setting(text, where) for text in settings)
     if "network.kind" in overrides:
         _start_another_network(values, {"kind": overrides["network.kind"]})
     for path, value in overrides.items():
-        _check_path(path, "--set")
-        _put(values, path, value, "--set")
+        _check_path(path, where)
+        _put(values, path, value, where)
     for path, value in (shortcuts or {}).items():
         if value is not None:
             _put(values, path, value, "the options")
@@ -83,21 +85,21 @@ def preset_values(name: object) -> dict[str, Any]:
             f"There is no preset {name!r}{_nearest(str(name), preset_names())}; {_there_are(preset_names())}."
         )
     text = (resources.files("diffusion_core") / f"presets/{name}.yaml").read_text()
-    values = _parsed(text, f"the preset {name}")
+    values = parse_fields(text, f"the preset {name}")
     base = values.pop("preset", None)
     return _upon(base, values) if base else values
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, option: str = "--config") -> dict[str, Any]:
     """The mapping that a YAML file holds."""
     try:
         text = path.read_text()
     except FileNotFoundError:
-        raise UserError(f"--config {path}: there is no such file.") from None
+        raise UserError(f"{option} {path}: there is no such file.") from None
     except (OSError, UnicodeDecodeError) as error:
         why = "it is not text" if isinstance(error, UnicodeDecodeError) else (error.strerror or "it cannot be read")
-        raise UserError(f"--config {path}: it cannot be read as a YAML file ({why}).") from None
-    return _parsed(text, f"--config {path}")
+        raise UserError(f"{option} {path}: it cannot be read as a YAML file ({why}).") from None
+    return parse_fields(text, f"{option} {path}")
 
 
 def seconds(text: str, option: str = "--time-budget") -> float:
@@ -139,7 +141,8 @@ def _parse_yaml(text: str) -> Any:
     return yaml.load(text, _StrictLoader)  # a SafeLoader: it can build nothing but plain values
 
 
-def _parsed(text: str, where: str) -> dict[str, Any]:
+def parse_fields(text: str, where: str) -> dict[str, Any]:
+    """The mapping that a YAML text holds; `where` it stands begins the sentence about a mistake in it."""
     try:
         values = _parse_yaml(text)
     except yaml.YAMLError as error:
@@ -154,15 +157,16 @@ def _parsed(text: str, where: str) -> dict[str, Any]:
     return values
 
 
-def _split_setting(text: str) -> tuple[str, Any]:
+def split_setting(text: str, where: str = "--set") -> tuple[str, Any]:
+    """Path and value of `training.batch_size=256`, the value in YAML."""
     path, separator, value = text.partition("=")
     path = path.strip()
     if not separator or not path:
-        raise UserError(f"--set {text}: give a field and a value, as --set training.batch_size=256.")
+        raise UserError(f"{where} {text}: give a field and a value, as {where} training.batch_size=256.")
     try:
         return path, _parse_yaml(value)
     except yaml.YAMLError:
-        raise UserError(f"--set {text}: {value!r} is not a YAML value.") from None
+        raise UserError(f"{where} {text}: {value!r} is not a YAML value.") from None
 
 
 def _check_path(path: str, where: str) -> None:

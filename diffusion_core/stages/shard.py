@@ -55,7 +55,7 @@ def check(request: ShardRequest, backend: BackendConfig) -> None:
     from diffusion_core.stages import checks
 
     checks.check_place(request, "shard", backend, mlflow=False)
-    checks.check_source(request.source)
+    checks.check_source(request.source, request.store)
 
 
 def run(request: ShardRequest) -> ShardResult:

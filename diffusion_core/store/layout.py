@@ -14,6 +14,9 @@ COMPARISONS = "comparisons"
 BUNDLES = "bundles"  # at the root, copies of those that an MLflow server holds; in a run, those that it exported
 GATES = "gates"
 LEASES = "leases"
+OUTCOMES = "outcomes"
+ASKED = "asked"
+WATCHED = "watched"
 JOBS = "jobs"
 STACK = "stack"
 MLFLOW_DATABASE = "mlflow.db"
@@ -55,6 +58,21 @@ def gate(model: str) -> str:
 
 def lease(stage: str, work: str) -> str:
     return f"{LEASES}/{stage}/{work}"
+
+
+def outcome(pipeline: str, digest: str) -> str:
+    """When a pipeline came to an outcome for the first time."""
+    return f"{OUTCOMES}/{pipeline}/{digest}.json"
+
+
+def asked(who: str) -> str:
+    """The model version that an alias named when new images were asked for."""
+    return f"{ASKED}/{who}.json"
+
+
+def watched(dataset: str) -> str:
+    """What was seen of the source of a dataset."""
+    return f"{WATCHED}/{dataset}.json"
 
 
 def job(job_id: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shlex
 from typing import Any
 
@@ -14,6 +15,7 @@ from diffusion_core.stages.pipeline import STEPS, PipelineResult, rows
 from diffusion_core.stages.register import RegisterResult
 from diffusion_core.stages.shard import ShardResult
 from diffusion_core.stages.train import TrainResult
+from flows import last_run
 from flows.display import Lines, Pace, current_display, shown
 from flows.results import aligned, markdown
 
@@ -113,7 +115,7 @@ def test_the_next_commands_continue_the_same_run(monkeypatch, tmp_path, capsys):
         program, *arguments = shlex.split(command)
         assert program == "diffusion" and cli.main(arguments) == 0
 
-    pipeline, done = asked[runner.PIPELINE], {"dataset": RESULT.dataset, "version": RESULT.version}
+    pipeline, done = asked[runner.PIPELINE], {"dataset": RESULT.dataset, "run": RESULT.run, "version": RESULT.version}
     for step in (step for step in STEPS if step.stage in ("train", "generate")):
         request, first = asked[step.stage], step.request(pipeline, done)
         assert digest(request) == digest(first)
@@ -145,3 +147,13 @@ def test_news_go_to_the_stream_of_whoever_asked():
     assert stream.getvalue() == "  train: 1 of 2 images (50 %), 3 images/s, 0:04 left\nhello\n"
     current_display().say("nobody hears this")
     assert "nobody" not in stream.getvalue()
+
+
+def test_the_second_time_says_since_when_nothing_changed(tmp_path):
+    result = RESULT.model_copy(update={"store": str(tmp_path)})
+    assert last_run.news(result) == "Done: train, evaluate, register, generate."
+    again = result.model_copy(update={"images": result.images.model_copy(update={"generated": 0})})
+    assert re.fullmatch(r"Nothing changed since \d{4}-\d\d-\d\d \d\d:\d\d UTC; no new images\.", last_run.news(again))
+    assert last_run.news(result).endswith("; 990 new images.")
+    longer = again.model_copy(update={"run": again.run.model_copy(update={"bundle_uri": "/s/runs/r1/bundles/128000"})})
+    assert last_run.news(longer).startswith("Done: ")

@@ -88,6 +88,7 @@ def generate(
     resources: Resources,
     *,
     model_version: str | None = None,
+    asked: str | None = None,
     stage: str = "generate",
     worker: Worker | None = None,
 ) -> Generated:
@@ -98,6 +99,7 @@ def generate(
 
     Args:
         model_version: what the commit records call the model; default: the bundle's digest.
+        asked: who asks for new images (see `generation.plan.look`).
         stage: name under which progress is shown.
         worker: class of the workers, for tests; default `generation.worker.ShardWorker`.
 
@@ -108,16 +110,16 @@ def generate(
     config = config.model_copy(update={"guidance": with_guides_found(config.guidance, store)})
     found_digest = bundle_digest(bundle_uri)
     images = describe(store, bundle_uri, found_digest, read_bundle_config(bundle_uri), config)
-    wanted, outcome = images.look(config.first_image_id, config.count), _Outcome()
+    wanted, outcome = images.look(config.first_image_id, config.count, asked), _Outcome()
     missing = images.missing(wanted)
     if wanted.gaps or missing:
         device = "cuda" if resources.gpus_per_worker else "cpu"
         task = ShardTask(images.uri, bundle_uri, model_version or found_digest, device, config.guidance.models)
         crew = _Crew(resources, task, worker)
-        turn = f"{images.description.set_id}/{wanted.first}-{wanted.stop}"
+        turn = f"{images.description.set_id}/{asked or f'{wanted.first}-{wanted.stop}'}"
         with one_at_a_time(store, "generate", turn) as waited:  # for these very ids, not for the next ones after them
-            first_image_id = wanted.first if waited else config.first_image_id
-            wanted, missing = _make_range(images, first_image_id, config, crew, outcome, stage)
+            first_image_id = wanted.first if waited and not asked else config.first_image_id
+            wanted, missing = _make_range(images, first_image_id, asked, config, crew, outcome, stage)
     elif wanted.continues:
         _say_what_continues(images, wanted)
     first, stop, extensions = wanted.first, wanted.stop, wanted.extensions
@@ -147,19 +149,20 @@ def _say_what_continues(images: ImageSet, wanted: Range) -> None:
 def _make_range(
     images: ImageSet,
     first_image_id: int | None,
+    asked: str | None,
     config: GenerationConfig,
     crew: _Crew,
     outcome: _Outcome,
     stage: str,
 ) -> tuple[Range, list[Shard]]:
     """Plan a range and make what it lacks, and show it; the range, and the shards that it lacked."""
-    wanted = images.look(first_image_id, config.count)
+    wanted = images.look(first_image_id, config.count, asked)
     missing = images.missing(wanted)
     if not wanted.gaps and not missing:  # another job has made it meanwhile
         return wanted, missing
     # Room for the workers first, as a request that cannot run must not leave an extension behind.
     with ray_session(), reserved(crew.resources) as options:
-        wanted = images.extend(first_image_id, config.count)
+        wanted = images.extend(first_image_id, config.count, asked)
         missing = images.missing(wanted)
         if wanted.continues:
             _say_what_continues(images, wanted)

@@ -63,7 +63,7 @@ def make_dataset(request: ShardRequest) -> tuple[ImageDataset, bool]:
         UserError: the source is absent, empty, not what it is said to be, changes meanwhile, or too much of it had to
             be rejected.
     """
-    source = open_source(request.source)
+    source = open_source(request.source, request.store)
     source.limit(request.dataset.max_file_mb << 20)
     home = Directory(request.store) / layout.dataset(request.dataset.name)
     cache = HashCache(home, source.config.uri or source.kind.value)

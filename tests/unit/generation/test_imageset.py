@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -156,6 +157,33 @@ def test_an_incomplete_extension_is_not_finished_and_is_taken_up_again(tmp_path,
     assert not images.look(None, 40).continues
     make(tmp_path, bundle_uri, config)
     assert images.total_images() == 80
+
+
+def test_who_asks_again_gets_the_same_new_images(tmp_path, bundle_uri):
+    config = settings(count=16)
+    images = plan(tmp_path, bundle_uri, config)
+    images.extend(None, 16)  # by somebody who has not finished
+    plain = images.directory.read("extensions/00000.json")
+    assert b"asked" not in plain
+
+    first = images.extend(None, 16, "night-1")
+    assert (first.first, first.stop, first.continues) == (16, 32, False)  # and here its process dies
+    second = images.extend(None, 16, "night-2")
+    assert (second.first, second.stop) == (32, 48)
+    again = plan(tmp_path, bundle_uri, config)
+    for looked in (again.look(None, 16, "night-1"), again.extend(None, 8, "night-1")):
+        assert (looked.first, looked.stop, looked.gaps) == (16, 32, [])
+    assert again.look(None, 16, "night-3").gaps == [(48, 64)]
+    assert again.ranges() == [(0, 16), (16, 32), (32, 48)]
+
+
+def test_two_processes_that_ask_under_one_name_plan_once(tmp_path, bundle_uri):
+    images = plan(tmp_path, bundle_uri, settings(count=16))
+    with ThreadPoolExecutor(8) as threads:
+        asked = [f"night-{n % 2}" for n in range(8)]
+        ranges = list(threads.map(lambda name: images.extend(None, 16, name), asked))
+    assert len(images.ranges()) == 2
+    assert len({found.first for found, name in zip(ranges, asked, strict=True) if name == "night-0"}) == 1
 
 
 def test_the_id_of_a_set_is_of_what_makes_its_pixels(tmp_path, bundle_uri, unconditional_uri):
