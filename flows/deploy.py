@@ -1,22 +1,20 @@
 """The deployments: one for each flow, and for the pipeline one for each preset, with its values filled in.
 
 A preset is a deployment of its own rather than a choice in one form, because a form sends the defaults of every field
-along, which would override whatever preset is chosen in it. `python -m flows.deploy` serves them all from this process.
+along, which would override whatever preset is chosen in it. Which queue they go to is the pool's to say (`stack.pool`).
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 from typing import Any, cast
 
-from prefect import serve
 from prefect.deployments.runner import RunnerDeployment
+from prefect.types.entrypoint import EntrypointType
 
 from flows import pipeline
-from flows.runner import prepare_prefect
 from flows.settings import as_values, load_config, preset_names
 
+INSTALLED = EntrypointType.MODULE_PATH  # workers run the package that they have installed, and pull no code
 STAGES = (
     pipeline.shard_dataset,
     pipeline.train_model,
@@ -29,7 +27,7 @@ STAGES = (
 
 def deployments(store: str) -> list[RunnerDeployment]:
     """A deployment for each flow; those of the pipeline are named after the presets."""
-    stages = [flow.to_deployment(name=flow.name, tags=["diffusion"], concurrency_limit=4) for flow in STAGES]
+    stages = [flow.to_deployment(name=flow.name, tags=["diffusion"], entrypoint_type=INSTALLED) for flow in STAGES]
     return [*cast(list[RunnerDeployment], stages), *(_of_preset(name, store) for name in preset_names())]
 
 
@@ -38,20 +36,6 @@ def _of_preset(name: str, store: str) -> RunnerDeployment:
     parameters: dict[str, Any] = {"config": config}
     text = f"The whole pipeline, with the values of the preset {name}."
     deployment = pipeline.diffusion_pipeline.to_deployment(
-        name=name, parameters=parameters, tags=["diffusion", "preset"], description=text
+        name=name, parameters=parameters, tags=["diffusion", "preset"], description=text, entrypoint_type=INSTALLED
     )
     return cast(RunnerDeployment, deployment)
-
-
-def main() -> None:
-    """Serve all deployments until SIGTERM."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--store", default=os.environ.get("DIFFUSION_STORE", "store"), help="Root of the store.")
-    parser.add_argument("--limit", type=int, default=1, help="Flows that run at once.")
-    options = parser.parse_args()
-    prepare_prefect()
-    serve(*deployments(options.store), pause_on_shutdown=False, limit=options.limit)
-
-
-if __name__ == "__main__":
-    main()

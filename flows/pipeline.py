@@ -16,12 +16,13 @@ from diffusion_core.jobs.backend import BackendConfig
 from flows import artifacts, find, preflight
 from flows.config import PipelineConfig
 from flows.results import PipelineResult
+from flows.stack.runs import announce
 from flows.tasks import Stages
 
 LOCAL = BackendConfig()
 
 
-@flow(name="diffusion-pipeline")
+@flow(name="diffusion-pipeline", on_running=[announce])
 def diffusion_pipeline(config: PipelineConfig) -> PipelineResult:
     """Images → dataset version → trained bundle → figures → registered model version → generated images."""
     preflight.check_pipeline(config)
@@ -45,35 +46,35 @@ def diffusion_pipeline(config: PipelineConfig) -> PipelineResult:
     return artifacts.of_pipeline(result)
 
 
-@flow(name="shard-dataset")
+@flow(name="shard-dataset", on_running=[announce])
 def shard_dataset(request: r.ShardRequest, backend: BackendConfig = LOCAL) -> r.ShardResult:
     """Turn a source of images into a dataset version: Parquet shards with a manifest."""
     preflight.check_shard(request, backend)
     return Stages(backend).shard(request)
 
 
-@flow(name="train-model")
+@flow(name="train-model", on_running=[announce])
 def train_model(request: r.TrainRequest, backend: BackendConfig = LOCAL) -> r.TrainResult:
     """Train a diffusion model on a dataset version, or continue its run, and export a bundle."""
     preflight.check_train(request, backend)
     return Stages(backend).train(request)
 
 
-@flow(name="evaluate-model")
+@flow(name="evaluate-model", on_running=[announce])
 def evaluate_model(request: r.EvaluateRequest, backend: BackendConfig = LOCAL) -> r.EvaluateResult:
     """Measure a model bundle against a dataset version, beside the same figures for held-out real images."""
     preflight.check_evaluate(request, backend)
     return Stages(backend).evaluate(request)
 
 
-@flow(name="compare-samplers")
+@flow(name="compare-samplers", on_running=[announce])
 def compare_samplers(request: r.CompareRequest, backend: BackendConfig = LOCAL) -> r.CompareResult:
     """Measure samplers of one model against each other: quality of the images against network evaluations."""
     preflight.check_compare(request, backend)
     return Stages(backend).compare(request)
 
 
-@flow(name="export-average", persist_result=False)
+@flow(name="export-average", persist_result=False, on_running=[announce])
 def export_average(
     run: Annotated[str, Field(description="Run, by its id or URI, that was trained with training.ema=power.")],
     sigma_rel: Annotated[float, Field(ge=0.01, le=0.28, description="Relative width of the average.")],
@@ -87,7 +88,7 @@ def export_average(
     return posthoc.export(RunDirectory(find.run(run, store)), sigma_rel, images_seen)
 
 
-@flow(name="generate-images")
+@flow(name="generate-images", on_running=[announce])
 def generate_images(request: r.GenerateRequest, backend: BackendConfig = LOCAL) -> r.GenerateResult:
     """Generate images with a model version, or complete and extend the set that they belong to."""
     preflight.check_generate(request, backend)

@@ -52,10 +52,15 @@ def run_alone(stage: str, request: r.Request, backend: BackendConfig) -> Any:
 
 
 def prepare_prefect() -> None:
-    """Settings that have to stand in the environment before Prefect is imported; those of the user win."""
+    """Settings that have to stand in the environment before Prefect is imported, and a look at its server."""
+    set_prefect_defaults()
+    preflight.check_prefect()
+
+
+def set_prefect_defaults() -> None:
+    """The settings alone, of which those of the user win, for whoever talks to another server."""
     for name, value in PREFECT_DEFAULTS.items():
         os.environ.setdefault(name, value)
-    preflight.check_prefect()
 
 
 def _leave(signum: int, _frame: FrameType | None) -> NoReturn:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusion_core.config import UserError
-from flows import stack
 from flows.config import PipelineConfig, StageResources
 from flows.settings import load_config, preset_names, seconds
+from flows.stack import services
 
 FIELDS = {
     "store": "store",
@@ -58,7 +58,7 @@ def load(
         settings = ["comparison.reference=null", "comparison.candidate=null", *settings]
     unneeded = None if source_needed else {"name": "diffusion", "source": {"kind": "digits"}}
     config = load_config(preset, file, settings, shortcuts, unneeded)
-    stack.adopt(config.store)
+    services.adopt(config.store)
     return config
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from diffusion_core.config import UserError
-from flows import stack
+from flows.stack import processes
 
 SYSTEMS = [
     pytest.param("/proc", marks=pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc here")),
@@ -21,22 +21,22 @@ SYSTEMS = [
 
 @pytest.mark.parametrize("proc", SYSTEMS)
 def test_when_a_process_started(proc: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stack, "PROC", Path(proc))
+    monkeypatch.setattr(processes, "PROC", Path(proc))
     if proc == "/proc":
         monkeypatch.setenv("PATH", "")
-    started = stack._started(os.getpid())
-    assert started and stack._started(os.getpid()) == started
+    started = processes.started(os.getpid())
+    assert started and processes.started(os.getpid()) == started
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    assert stack._started(child.pid)
+    assert processes.started(child.pid)
     child.kill()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    assert stack._started(child.pid) == "", "a zombie"
+    assert processes.started(child.pid) == "", "a zombie"
     child.communicate()
-    assert stack._started(child.pid) == ""
+    assert processes.started(child.pid) == ""
 
 
 def test_without_proc_and_ps_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stack, "PROC", Path("/nowhere"))
+    monkeypatch.setattr(processes, "PROC", Path("/nowhere"))
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="program ps"):
-        stack._started(os.getpid())
+        processes.started(os.getpid())
