@@ -1,4 +1,4 @@
-"""Telling a process of the stack from another with the same id, with and without /proc and ps."""
+"""Telling a process from another with the same id, with and without /proc and ps, and ending one with its group."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from diffusion_core.config import UserError
 from flows.stack import processes
+from flows.stack.processes import Process
 
 SYSTEMS = [
     pytest.param("/proc", marks=pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc here")),
@@ -40,3 +42,23 @@ def test_without_proc_and_ps_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="program ps"):
         processes.started(os.getpid())
+
+
+def test_a_group_ends_with_the_members_that_do_not_want_to(tmp_path: Path) -> None:
+    stubborn = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+    )
+    lead = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {stubborn!r}])"
+    log = tmp_path / "log"
+    leader = processes.start([sys.executable, "-c", lead], {}, log)
+    while "deaf" not in log.read_text():
+        time.sleep(0.05)
+    assert leader.alive and os.getsid(leader.pid) == leader.pid
+
+    processes.end_group(Process(leader.pid, "another start"))
+    assert leader.alive, "the group of somebody who got the same id"
+    processes.end_group(leader, patience_s=5)
+    assert not leader.alive
+    shown = subprocess.run(["ps", "-eo", "pgid=,stat="], capture_output=True, text=True, check=True).stdout
+    states = [state for group, state in map(str.split, shown.splitlines()) if group == str(leader.pid)]
+    assert all(state.startswith("Z") for state in states), "a member outlived its group"
