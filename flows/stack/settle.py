@@ -27,7 +27,8 @@ SILENCE_S = {
     "PENDING": 60.0,
     "CANCELLING": 30.0,
 }  # that a run without a worker may be in a state before it says who it is
-RESTART, RESTARTS, MAX_RESTARTS = "restart-after-crash", "diffusion.restarts", 3
+ANNOUNCED_AFTER_S = 5.0  # until a run that is tried again has named its new process
+RESTART, RESTARTS, RESTARTED_AS, MAX_RESTARTS = "restart-after-crash", "diffusion.restarts", "diffusion.restarted-as", 3
 
 logger = logging.getLogger(__name__)
 
@@ -73,11 +74,13 @@ def _active(client: SyncPrefectClient) -> list[FlowRun]:
 
 
 def _is_dead(run: FlowRun, worker: Service | None) -> bool:
-    if process := runs.process_of(run):
-        return not process.alive
-    if _has(worker, run):
+    state = _state(run).type
+    process = runs.process_of(run) if state != "PENDING" else None  # that of an earlier attempt
+    if process:
+        return not process.alive and (state != "RUNNING" or _age(run) > ANNOUNCED_AFTER_S)
+    if _has(worker, run) and not _is_cancelled_in_vain(run, worker):
         return False  # it reports a process that it cannot start, or that ends
-    return _age(run) > SILENCE_S.get(_state(run).type, math.inf)
+    return _age(run) > SILENCE_S.get(state, math.inf)
 
 
 def _is_cancelled_in_vain(run: FlowRun, worker: Service | None) -> bool:
@@ -126,11 +129,13 @@ def _conclude(client: SyncPrefectClient, run: FlowRun, reason: str) -> bool:
 def _restart_crashed(client: SyncPrefectClient) -> None:
     """Of each crashed run with the tag, a new one with the same parameters: once, and not for ever."""
     from prefect.client.schemas.filters import FlowRunFilter
+    from prefect.client.schemas.sorting import FlowRunSort
 
     asked = {"tags": {"all_": [RESTART]}, "state": {"type": {"any_": ["CRASHED"]}}}
-    for run in client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(asked)):
+    latest = FlowRunSort.EXPECTED_START_TIME_DESC
+    for run in client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(asked), sort=latest):
         restarts = int(run.labels.get(RESTARTS, 0))
-        if run.deployment_id is None or restarts >= MAX_RESTARTS:
+        if run.deployment_id is None or RESTARTED_AS in run.labels or restarts >= MAX_RESTARTS:
             continue
         again = client.create_flow_run_from_deployment(
             run.deployment_id,
@@ -139,6 +144,7 @@ def _restart_crashed(client: SyncPrefectClient) -> None:
             labels={RESTARTS: restarts + 1},
             idempotency_key=f"after-{run.id}",
         )
+        client.update_flow_run_labels(run.id, {RESTARTED_AS: str(again.id)})
         logger.info("%s starts again as %s", run.name, again.name)
 
 
