@@ -106,8 +106,10 @@ def _end_processes(found: Iterable[FlowRun]) -> None:
 
 
 def _reason(run: FlowRun) -> str:
+    if _state(run).type == "CANCELLING":
+        return "The run was cancelled, and its process is gone."
     process = runs.process_of(run)
-    if process is None:
+    if process is None or _state(run).type == "PENDING":
         return "The worker that took this run ended before the run began."
     return f"The process of this run (pid {process.pid}) ended without a word: it was killed, or the machine went down."
 
