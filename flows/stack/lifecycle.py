@@ -7,15 +7,19 @@ import logging
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
+from typing import TYPE_CHECKING
 
 from diffusion_core.config import UserError
-from flows.stack import processes, ray_head, services
+from flows.runner import set_prefect_defaults
+from flows.stack import pool, processes, ray_head, services
 from flows.stack.api import connected
 from flows.stack.plan import Command, Plan
-from flows.stack.pool import POOL
 from flows.stack.services import Service
+
+if TYPE_CHECKING:
+    from prefect.deployments.runner import RunnerDeployment
 
 START_TIMEOUT_S = 180.0
 HEALTH = {"prefect": "/api/health", "mlflow": "/health", "ray": "/api/version"}
@@ -31,9 +35,11 @@ def up(wanted: Plan, limits: Mapping[str, int]) -> list[Service]:
     store = wanted.store
     services.make_folder(store)
     servers = [_ensure(store, command) for command in wanted.servers]
+    set_prefect_defaults()
+    deployments = pool.deployments(store)  # imports much, while the servers do so too
     for server in servers:
         _wait_for(server)
-    _fill(wanted, limits)
+    _fill(wanted, limits, deployments)
     workers = [_ensure(store, command) for command in wanted.workers]
     _wait_for_worker(wanted.api, workers[0])
     return [*servers, *workers]
@@ -41,27 +47,27 @@ def up(wanted: Plan, limits: Mapping[str, int]) -> list[Service]:
 
 def down(store: str) -> list[Service]:
     """End the runs that are going and then every service, the last started first; the services that were ended."""
-    known = services.status(store)
-    ended = [service for service in reversed(known) if service.alive]
+    known = services.status(store)[::-1]
+    ended = [service for service in known if service.alive]
     prefect = services.running(store, "prefect")
     for service in known:
         if service.name == "watcher":
             processes.end_group(service.process)
         elif service.name == "worker":
             _take_down(service, prefect)
-    for service in reversed(known):
+    for service in known:
         processes.end_group(service.process)
     services.forget(store)
     return ended
 
 
-def _fill(wanted: Plan, limits: Mapping[str, int]) -> None:
+def _fill(wanted: Plan, limits: Mapping[str, int], deployments: Sequence[RunnerDeployment]) -> None:
     """Bring pool, queues and deployments up to date, and settle the runs of before."""
-    from flows.stack import pool, settle
+    from flows.stack import settle
 
     with connected(wanted.api) as client:
         asyncio.run(pool.prepare(limits))
-        asyncio.run(pool.register(pool.deployments(wanted.store)))
+        asyncio.run(pool.register(deployments))
         settle.settle(client, services.running(wanted.store, "worker"))
 
 
@@ -122,7 +128,7 @@ def _wait_for_worker(api: str, worker: Service) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     with connected(api) as client:
         while time.monotonic() < deadline:
-            seen = [known.last_heartbeat_time for known in client.read_workers_for_work_pool(POOL)]
+            seen = [known.last_heartbeat_time for known in client.read_workers_for_work_pool(pool.POOL)]
             if any(at and at.timestamp() >= worker.since for at in seen):
                 return
             if not worker.alive:
