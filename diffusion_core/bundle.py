@@ -7,7 +7,6 @@ absent: it is the commit, and a directory without one is not a bundle. Nothing i
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from diffusion_core.config import Config, UserError, digest, execution, explain,
 from diffusion_core.diffusion.config import ProcessConfig
 from diffusion_core.networks.config import NetworkConfig
 from diffusion_core.store import Directory, layout
+from diffusion_core.store.commit import Damaged, RecordKind, described, read_recorded, sha256
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from diffusion_core.diffusion.process import GaussianProcess
 
 SCHEMA_VERSION = 1
+_RECORD = RecordKind(layout.BUNDLE, "a model bundle", SCHEMA_VERSION)
 
 
 class DatasetReference(Config):
@@ -97,16 +98,12 @@ def save_bundle(directory: Directory, config: BundleConfig, weights: dict[str, T
         layout.SAMPLES: samples_png,
         layout.CARD: model_card(config).encode(),
     }
-    for name, data in files.items():
-        if not directory.create(name, data) and directory.read(name) != data and not directory.exists(layout.BUNDLE):
-            directory.write(name, data)
-    record = {
-        "schema_version": SCHEMA_VERSION,
-        "digest": digest(config, _sha256(weight_bytes)),
+    fields = {
+        "digest": digest(config, sha256(weight_bytes)),
         "identity": identity(config),
-        "files": {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in files.items()},
+        "files": {name: described(data) for name, data in files.items()},
     }
-    directory.create_json(layout.BUNDLE, record)
+    _RECORD.commit(directory, files, fields)
     return bundle_digest(directory.uri)
 
 
@@ -257,33 +254,19 @@ def _place(uri: str | Directory) -> Directory:
 
 
 def _record(place: Directory) -> dict[str, Any]:
+    record = _RECORD.read(place)
     try:
-        record = place.read_json(layout.BUNDLE)
-        if record.get("schema_version", 1) > SCHEMA_VERSION:
-            raise UserError(
-                f"The bundle {place.uri} has schema version {record['schema_version']}; "
-                f"this code reads up to {SCHEMA_VERSION}."
-            )
         weights = record["files"][layout.WEIGHTS]["sha256"]
         complete = record["digest"] == digest(record["identity"], weights) and layout.CONFIG in record["files"]
-    except FileNotFoundError:
-        raise UserError(f"{place.uri} is not a model bundle: there is no {layout.BUNDLE} in it.") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         complete = False
     if not complete:
         raise UserError(f"{place.uri} is not a model bundle: its {layout.BUNDLE} cannot be read or was changed.")
-    return dict(record)
+    return record
 
 
 def _verified(place: Directory, record: dict[str, Any], name: str) -> bytes:
     try:
-        data = place.read(name)
-    except FileNotFoundError:
-        raise UserError(f"The bundle {place.uri} is damaged: {name} is missing.") from None
-    if _sha256(data) != record["files"][name]["sha256"]:
-        raise UserError(f"The bundle {place.uri} is damaged: {name} differs from what {layout.BUNDLE} says.")
-    return data
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+        return read_recorded(place, name, record["files"][name]["sha256"])
+    except Damaged as error:
+        raise UserError(f"The bundle {place.uri} is damaged: {error}.") from None

@@ -11,7 +11,7 @@ from diffusion_core.stages.config import PipelineConfig
 from diffusion_core.stages.generate import GenerateRequest
 from diffusion_core.stages.pipeline import STEPS, PipelineResult
 from flows import artifacts, last_run
-from flows.runner import check_unless_done
+from flows.checked import check_unless_done
 from flows.stages import run_stage
 
 

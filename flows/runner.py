@@ -6,11 +6,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from contextvars import ContextVar
 from types import FrameType
 from typing import Any, NoReturn
 
 from diffusion_core.stages.checks import check_address
+from flows.checked import already_checked
 from flows.display import shown
 
 PREFECT_DEFAULTS = {
@@ -21,8 +21,6 @@ PREFECT_DEFAULTS = {
     "PREFECT_CLI_PROMPT": "false",
 }
 PIPELINE = "pipeline"
-
-_checked: ContextVar[bool] = ContextVar("checked", default=False)
 
 
 def run_flow(name: str, check: Callable[[], None], *arguments: Any) -> Any:
@@ -44,17 +42,8 @@ def run_flow(name: str, check: Callable[[], None], *arguments: Any) -> Any:
         from flows.stages import FLOWS
 
         flow = diffusion_pipeline if name == PIPELINE else FLOWS[name]
-        token = _checked.set(True)
-        try:
+        with already_checked():
             return flow(*arguments)
-        finally:
-            _checked.reset(token)
-
-
-def check_unless_done(check: Callable[[], None]) -> None:
-    """In a flow: look at what can go wrong, unless the command that runs it has done so."""
-    if not _checked.get():
-        check()
 
 
 def prepare_prefect() -> None:

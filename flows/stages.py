@@ -16,8 +16,8 @@ from diffusion_core.jobs.backend import BackendConfig
 from diffusion_core.jobs.request import Request, Result
 from diffusion_core.stages.registry import STAGES, Entry
 from flows import artifacts
+from flows.checked import check_unless_done
 from flows.follow import follow_job
-from flows.runner import check_unless_done
 
 
 def not_the_users_mistake(_task: Any, _run: Any, state: Any) -> bool:

@@ -22,8 +22,10 @@ import pyarrow.parquet as pq
 from diffusion_core.config import UserError, digest
 from diffusion_core.data.config import DatasetConfig
 from diffusion_core.store import Directory, layout
+from diffusion_core.store.commit import Damaged, NoRecord, RecordKind, create_or_read, described, read_recorded
 
 SCHEMA_VERSION = 1
+_RECORD = RecordKind(layout.MANIFEST, "a dataset version", SCHEMA_VERSION)
 SPLITS = ("train", "validation", "test")  # in the order in which they stand in a dataset
 
 Shape = tuple[int, int, int]  # height, width, channels
@@ -131,11 +133,11 @@ class ImageDataset:
         """Every shard's file name with what is wrong with it, None if its bytes are those of the manifest."""
         for record in self.manifest["shards"]:
             try:
-                found = hashlib.sha256(self.directory.read(record["file"])).hexdigest()
-            except FileNotFoundError:
-                yield record["file"], "is missing"
-                continue
-            yield record["file"], None if found == record["sha256"] else "has other bytes than the manifest says"
+                read_recorded(self.directory, record["file"], record["sha256"])
+            except Damaged as error:
+                yield record["file"], error.problem
+            else:
+                yield record["file"], None
 
     def _empty(self) -> Batch:
         labels = np.zeros(0, np.int64) if self.class_names else None
@@ -150,20 +152,11 @@ def open_dataset(uri: str | Directory) -> ImageDataset:
     """
     directory = uri if isinstance(uri, Directory) else Directory(uri)
     try:
-        manifest = directory.read_json(layout.MANIFEST)
-    except FileNotFoundError:
-        raise UserError(
-            f"{directory.uri} is not a dataset version: there is no {layout.MANIFEST}{_hint(directory)}."
-        ) from None
-    except ValueError as error:
-        raise UserError(f"The dataset {directory.uri} is damaged: {layout.MANIFEST} is not JSON ({error}).") from error
-    if not isinstance(manifest, dict) or "image_shape" not in manifest:
+        manifest = _RECORD.read(directory)
+    except NoRecord as error:
+        raise UserError(f"{str(error).removesuffix('.')}{_hint(directory)}.") from error
+    if "image_shape" not in manifest:
         raise UserError(f"{directory.uri} is not a dataset version: its {layout.MANIFEST} describes something else.")
-    if manifest["schema_version"] > SCHEMA_VERSION:
-        raise UserError(
-            f"The dataset {directory.uri} has schema version {manifest['schema_version']}, and this release reads "
-            f"versions up to {SCHEMA_VERSION}: use a newer release."
-        )
     return ImageDataset(directory, manifest)
 
 
@@ -218,17 +211,16 @@ def commit_shard(directory: Directory, index: int, split: str, batch: Batch) -> 
 
     Of several writers of one shard the first wins, and all of them record its bytes.
     """
-    data = encode_shard(batch)
-    if not directory.create(layout.dataset_shard(index), data):
-        data = directory.read(layout.dataset_shard(index))
+    made = encode_shard(batch)
+    data = create_or_read(directory, layout.dataset_shard(index), made)
+    if data != made:
         batch = decode_shard(data)
     text_bytes = sum(len((text or "").encode()) for text in batch.text or ())
     return {
         "file": layout.dataset_shard(index),
         "split": split,
         "rows": len(batch),
-        "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
+        **described(data),
         "memory_bytes": batch.images.nbytes + (8 * len(batch) if batch.labels is not None else 0) + text_bytes,
     }
 
@@ -244,10 +236,8 @@ def commit_dataset(
     **about: Any,
 ) -> ImageDataset:
     """Write `rejected.parquet` and then the manifest, which makes the directory a dataset."""
-    write_rejected(directory, rejected)
     kept = [record for record in shards if record["rows"]]
-    manifest = {
-        "schema_version": SCHEMA_VERSION,
+    fields = {
         "name": directory.uri.rstrip("/").split("/")[-2],
         "version": version,
         "image_shape": list(image_shape),
@@ -264,12 +254,16 @@ def commit_dataset(
         "has_text": False,
         **about,
     }
-    directory.create_json(layout.MANIFEST, manifest)
+    _RECORD.commit(directory, {layout.REJECTED: _rejected_table(rejected)}, fields)
     return open_dataset(directory)
 
 
 def write_rejected(directory: Directory, rejected: Sequence[tuple[str, str]]) -> None:
-    """Write key and reason of every item that was not taken, sorted by key."""
+    """Write key and reason of every item that was not taken, sorted by key, in place of what was written before."""
+    directory.write(layout.REJECTED, _rejected_table(rejected))
+
+
+def _rejected_table(rejected: Sequence[tuple[str, str]]) -> bytes:
     rows = sorted(rejected)
     table = pa.table(
         {
@@ -279,7 +273,7 @@ def write_rejected(directory: Directory, rejected: Sequence[tuple[str, str]]) ->
     )
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
-    directory.write(layout.REJECTED, sink.getvalue())
+    return sink.getvalue()
 
 
 def write_dataset(

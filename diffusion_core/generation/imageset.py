@@ -14,7 +14,6 @@ Everything but the conveniences is created if absent and never changed.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from diffusion_core.bundle import BundleConfig, bundle_digest, check_guide, check_makes_images, read_bundle_config
 from diffusion_core.config import Config, UserError, digest, identity
@@ -36,8 +35,10 @@ from diffusion_core.generation.labels import Labels, resolve_labels
 from diffusion_core.generation.plan import SCHEMA_VERSION, Extension, Range, Shard, extend, look, read_extensions
 from diffusion_core.generation.sheet import choose_images, contact_sheet
 from diffusion_core.store import Directory, layout
+from diffusion_core.store.commit import RecordKind, sha256
 
 PARALLEL_REQUESTS = 16
+_RECORD = RecordKind(layout.SET, "an image set", SCHEMA_VERSION)
 _LABEL_FIELDS = ("labels", "label_column")
 
 T = TypeVar("T")
@@ -118,10 +119,11 @@ class ImageSet:
     def extend(self, first_image_id: int | None, count: int, asked: str | None = None) -> Range:
         """Plan a request; returns what it is about."""
         if not self.directory.exists(layout.SET):
+            listed = {}
             if self.labels.values is not None:
                 table = pa.table({"label": pa.array(self.labels.values, pa.int32())})
-                self.directory.create(layout.LABELS, write_parquet(table))
-            self.directory.create_json(layout.SET, self.description.model_dump(mode="json"))
+                listed[layout.LABELS] = write_parquet(table)
+            _RECORD.commit(self.directory, listed, self.description.model_dump(mode="json"))
         return extend(self.directory, self.generation.images_per_shard, first_image_id, count, self._unfinished, asked)
 
     def missing(self, wanted: Range) -> list[Shard]:
@@ -190,7 +192,7 @@ class ImageSet:
         index = tables.index(shards, known, self.labels, self.generation.seed)
         self.directory.create(extension.index_key, index)
         self.draw_sheet(extension)
-        digests = {key: self._digest(key) for key in (extension.plan_key, extension.index_key)}
+        digests = {key: sha256(self.directory.read(key)) for key in (extension.plan_key, extension.index_key)}
         summary = tables.manifest(extension, known, self.labels, self.description.class_names, digests)
         self.directory.create_json(extension.manifest_key, {**self.description.model_dump(mode="json"), **summary})
         return True
@@ -265,9 +267,6 @@ class ImageSet:
             ranges += [(shard.first_image_id, shard.stop) for shard in shards if shard.record_key in committed]
         return ranges
 
-    def _digest(self, key: str) -> str:
-        return hashlib.sha256(self.directory.read(key)).hexdigest()
-
     def _read_files(self, shard: Shard) -> dict[str, bytes]:
         keys = data_keys(self.generation.format, shard)
         return dict(zip(keys, _parallel(self.directory.read, keys), strict=True))
@@ -336,14 +335,10 @@ def describe(store: str, bundle_uri: str, bundle_id: str, bundle: BundleConfig, 
 def open_imageset(uri: str | Directory) -> ImageSet:
     """An image set that is there. Raises `UserError` if there is none, or it was written by newer code."""
     place = uri if isinstance(uri, Directory) else Directory(uri)
+    fields = _RECORD.read(place)
     try:
-        fields = place.read_json(layout.SET)
-        if fields["schema_version"] > SCHEMA_VERSION:
-            raise UserError(f"The image set {place.uri} was written by newer code: this reads up to {SCHEMA_VERSION}.")
         return ImageSet(place, SetDescription.model_validate(fields))
-    except FileNotFoundError:
-        raise UserError(f"{place.uri} is not an image set: there is no {layout.SET} in it.") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except ValidationError as error:
         raise UserError(f"{place.uri} is not an image set: its {layout.SET} cannot be read.") from error
 
 

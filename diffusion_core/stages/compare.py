@@ -102,11 +102,11 @@ def check(request: CompareRequest, backend: BackendConfig) -> None:
 
 def run(request: CompareRequest) -> CompareResult:
     """Make the cells that are missing, and the table and the plot. Raises what `work.compare.compare` raises."""
-    from diffusion_core.stages.work.compare import PICTURE, REPORT, TABLE, compare
+    from diffusion_core.stages.work.compare import PICTURE, RECORD, REPORT, TABLE, compare
 
     began = time.monotonic()
     view, made = compare(request)
-    found = Comparison.model_validate(view.read_json(REPORT))
+    found = Comparison.model_validate(RECORD.read(view))
     if found.verdict:
         logger.info(found.verdict.sentence)
     return CompareResult(

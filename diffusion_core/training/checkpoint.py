@@ -7,7 +7,6 @@ one whose files do not have the digests of the record is damaged. Neither is eve
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +16,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from diffusion_core.store import Directory, layout
+from diffusion_core.store.commit import Damaged, NoRecord, RecordKind, described, read_recorded
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+_RECORD = RecordKind(layout.CHECKPOINT, "a checkpoint", 1)
 Tensors = dict[str, Tensor]
 
 
@@ -50,17 +50,11 @@ def save_checkpoint(place: Directory, checkpoint: Checkpoint) -> None:
     files = {}
     for name, tensors in checkpoint.parts.items():
         data = safetensors.torch.save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
-        sha256 = hashlib.sha256(data).hexdigest()
-        key = layout.tensors(name, sha256)
-        here.create(key, data)
-        files[name] = {"file": key, "bytes": len(data), "sha256": sha256}
-    record = {
-        "schema_version": SCHEMA_VERSION,
-        "images_seen": checkpoint.images_seen,
-        "files": files,
-        "meta": checkpoint.meta,
-    }
-    here.create_json(layout.CHECKPOINT, record)
+        about = described(data)
+        key = layout.tensors(name, about["sha256"])
+        here.create(key, data)  # one after the other: together they are several times the model
+        files[name] = {"file": key, **about}
+    _RECORD.commit(here, {}, {"images_seen": checkpoint.images_seen, "files": files, "meta": checkpoint.meta})
 
 
 def load_newest(place: Directory) -> Checkpoint | None:
@@ -105,15 +99,12 @@ def read_checkpoint(place: Directory, images_seen: int) -> Checkpoint:
     """One checkpoint; `DamagedError` if its files are not those that its record names, or there is none."""
     here = place / str(images_seen)
     try:
-        record = here.read_json(layout.CHECKPOINT)
+        record = _RECORD.read(here)
         parts = {name: _tensors(here, file) for name, file in record["files"].items()}
         return Checkpoint(int(record["images_seen"]), parts, record["meta"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (NoRecord, Damaged, KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
         raise DamagedError(f"The checkpoint {here.uri} is damaged ({error}).") from error
 
 
 def _tensors(here: Directory, file: dict[str, Any]) -> Tensors:
-    data = here.read(file["file"])
-    if hashlib.sha256(data).hexdigest() != file["sha256"]:
-        raise ValueError(f"{file['file']} has other bytes than {layout.CHECKPOINT} says")
-    return safetensors.torch.load(data)
+    return safetensors.torch.load(read_recorded(here, file["file"], file["sha256"]))

@@ -8,10 +8,10 @@ import uuid
 
 import pytest
 import ray
-from diffusion_core.generation.verify import verify
 
 from diffusion_core.generation import GenerationConfig, open_imageset
 from diffusion_core.generation.plan import Shard
+from diffusion_core.generation.verify import verify
 from diffusion_core.generation.worker import ShardWorker
 from diffusion_core.jobs.request import Resources
 from diffusion_core.stages.work.generate import generate

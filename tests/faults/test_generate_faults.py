@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from diffusion_core.generation.verify import verify
 
 from diffusion_core.bundle import bundle_digest, read_bundle_config
 from diffusion_core.config import UserError
 from diffusion_core.generation import GenerationConfig, open_imageset
 from diffusion_core.generation.imageset import ImageSet, describe
 from diffusion_core.generation.plan import Shard, ShardTask
+from diffusion_core.generation.verify import verify
 from diffusion_core.generation.worker import ShardWorker
 from diffusion_core.jobs.request import Resources
 from diffusion_core.stages.generate import GenerateRequest, GenerateResult

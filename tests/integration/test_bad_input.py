@@ -168,7 +168,7 @@ CASES = [
     Case("unknown alias", ["generate", "--model", "models:/toy@best", "--store", "{store}"], ["best", "candidate"]),
     Case("unknown version", ["generate", "--model", "models:/toy/9", "--store", "{store}"], ["toy", "9"]),
     Case("half a reference", ["generate", "--model", "models:/toy", "--store", "{store}"], ["models:/toy", "@alias"]),
-    Case("no model", ["generate", "--store", "{store}"], ["--model", "models:/"]),
+    Case("no model", ["generate", "--store", "{store}"], ["--model", "@champion"]),
     Case("no bundle", ["generate", "--model", "{tmp}/empty", "--store", "{store}"], ["{tmp}/empty", "bundle"]),
     Case(
         "too many steps for the model",

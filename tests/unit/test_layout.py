@@ -23,6 +23,9 @@ PATHS = {
     layout.fetched_bundle("0a1b"): "bundles/0a1b",
     layout.gate("digits"): "gates/digits",
     layout.lease("train", "0a1b"): "leases/train/0a1b",
+    layout.outcome("digits", "0a1b"): "outcomes/digits/0a1b.json",
+    layout.asked("0a1b"): "asked/0a1b.json",
+    layout.watched("digits"): "watched/digits.json",
     layout.job("train-20260101-000000-0a1b2c"): "jobs/train-20260101-000000-0a1b2c",
     layout.STACK: "stack",
     layout.MLFLOW_DATABASE: "mlflow.db",
@@ -102,6 +105,7 @@ def test_every_path_is_among_them() -> None:
 
 
 FOLDERS = {"datasets", "runs", "images", "evaluations", "comparisons", "bundles", "gates", "leases", "jobs", "stack"}
+FOLDERS |= {"outcomes", "asked", "watched"}
 FILES = {"mlflow.db", "mlartifacts"} | {path for path in PATHS.values() if path.endswith((".json", ".parquet"))}
 
 

@@ -38,12 +38,14 @@ from diffusion_core.stages.compare import CompareRequest
 from diffusion_core.stages.work.evaluate import check_comparable
 from diffusion_core.stages.work.guide import guide_digests, with_guides_found
 from diffusion_core.store import Directory, layout
+from diffusion_core.store.commit import RecordKind
 from diffusion_core.store.turns import one_at_a_time
 
 if TYPE_CHECKING:
     from diffusion_core.evaluation.features import Reference
 
 REPORT, TABLE, PICTURE = layout.COMPARISON, layout.COMPARISON_TABLE, layout.COMPARISON_PICTURE
+RECORD = RecordKind(REPORT, "a view of a comparison", 1)
 _ALGORITHM = 1  # raised when the figures are computed differently
 _VIEW = 3  # raised when table or picture look different
 
@@ -264,9 +266,8 @@ def _show(found: Comparison, view: Directory) -> None:
     """Write the view: picture and table, and the report last."""
     from diffusion_core.evaluation.chart import picture
 
-    view.create(PICTURE, picture(found))
-    view.create(TABLE, document(found, PICTURE).encode())
-    view.create_json(REPORT, found.model_dump(mode="json"))
+    files = {PICTURE: picture(found), TABLE: document(found, PICTURE).encode()}
+    RECORD.commit(view, files, found.model_dump(mode="json"))
 
 
 def _found(bench: _Bench, reference: Reference) -> Comparison:

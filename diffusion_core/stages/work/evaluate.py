@@ -17,6 +17,7 @@ from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.jobs.request import Resources
 from diffusion_core.stages.work.guide import guide_digests, with_guides_found
 from diffusion_core.store import Directory, layout
+from diffusion_core.store.commit import RecordKind
 from diffusion_core.store.turns import one_at_a_time
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from diffusion_core.generation.imageset import ImageSet
 
 REPORT, PICTURE, FEATURES = layout.EVALUATION, layout.EVALUATION_PICTURE, layout.FEATURES
+_RECORD = RecordKind(REPORT, "an evaluation", 1)
 _ALGORITHM = 1  # raised when the figures are computed differently
 _LEAST = 4  # images that the kernel distance needs
 _BLOCK = 1024
@@ -73,9 +75,8 @@ def evaluate(
     evaluation_id = digest("evaluation", _ALGORITHM, bundle_id, dataset.version, extractor, config, *guided)
     directory = Directory(store) / layout.evaluation(evaluation_id)
     if directory.exists(REPORT):
-        return Evaluation(directory, directory.read_json(REPORT), reused=True)
+        return Evaluation(directory, _RECORD.read(directory), reused=True)
     about = {
-        "schema_version": 1,
         "evaluation_id": evaluation_id,
         "bundle": {"uri": bundle_uri, "digest": bundle_id, "run_id": bundle.run_id, "images_seen": bundle.images_seen},
         "dataset": {"name": dataset.name, "version": dataset.version, "uri": dataset.uri},
@@ -90,8 +91,8 @@ def evaluate(
             generation = generation_of(config, bundle, dataset)
             images = generate(bundle_uri, generation, store, resources, stage="samples to evaluate").images
             report = _measure(directory, images, dataset, config, samples, bundle_uri)
-            directory.create_json(REPORT, {**about, "image_set": images.uri, **report})
-    return Evaluation(directory, directory.read_json(REPORT), reused)
+            _RECORD.commit(directory, {}, {**about, "image_set": images.uri, **report})
+    return Evaluation(directory, _RECORD.read(directory), reused)
 
 
 def attach(store: str, done: Evaluation, mlflow_run_id: str) -> None:

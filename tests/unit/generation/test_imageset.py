@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from diffusion_core.generation.verify import verify
 from PIL import Image
 
 from diffusion_core.bundle import bundle_digest, read_bundle_config
@@ -23,6 +22,7 @@ from diffusion_core.generation.imageset import describe
 from diffusion_core.generation.labels import Labels
 from diffusion_core.generation.plan import ShardTask
 from diffusion_core.generation.sheet import MAX_BYTES, choose_images, contact_sheet
+from diffusion_core.generation.verify import verify
 from diffusion_core.generation.worker import ShardWorker, reproduce
 
 FORMS = ["parquet", "webdataset", "png"]
