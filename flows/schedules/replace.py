@@ -7,6 +7,7 @@ it is to replace.
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 from uuid import UUID
 
 from prefect import flow, get_run_logger
@@ -38,6 +39,8 @@ def replace_running(deployment: str) -> None:
     with get_client(sync_client=True) as client:
         target = client.read_deployment_by_name(deployment).id
         for run in _runs(client, target, *_STARTED, StateType.SCHEDULED):
+            if run.expected_start_time and run.expected_start_time > datetime.now(UTC):
+                continue  # somebody asked for it, for later
             log.info("%s is cancelled, as it is time for the next one", run.name)
             _cancel(client, run)
         deadline = time.monotonic() + PATIENCE_S
