@@ -139,7 +139,8 @@ def _prefect(store: str, port: int) -> Command:
 def _mlflow(store: str, port: int) -> Command:
     place = Directory(store)
     database = (place.local_path if place.is_local else services.folder(store)) / layout.MLFLOW_DATABASE
-    root = (place.local_path / "mlartifacts").as_uri() if place.is_local else f"{place.uri}/mlartifacts"
+    artifacts = place / layout.MLFLOW_ARTIFACTS
+    root = artifacts.local_path.as_uri() if place.is_local else artifacts.uri
     servers = ["--host", HOST, "--port", str(port), "--workers", "1"]
     storage = ["--backend-store-uri", f"sqlite:///{database}", "--default-artifact-root", root, "--no-serve-artifacts"]
     words = [sys.executable, "-m", "mlflow", "server", *servers, *storage]
