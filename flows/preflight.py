@@ -24,7 +24,8 @@ from diffusion_core.diffusion.objective_config import check_objective
 from diffusion_core.evaluation.comparison import check_contestants
 from diffusion_core.evaluation.config import EvaluationConfig, check_held_out_figures
 from diffusion_core.generation.config import GenerationConfig
-from diffusion_core.jobs.backend import BackendConfig, BackendKind, jobs_address
+from diffusion_core.jobs.backend import BackendConfig, BackendKind
+from diffusion_core.jobs.ray_jobs import jobs_address
 from diffusion_core.jobs.requests import (
     CompareRequest,
     EvaluateRequest,

@@ -31,13 +31,13 @@ from diffusion_core.evaluation.comparison import (
 from diffusion_core.evaluation.config import ComparisonConfig, Contestant, EvaluationConfig
 from diffusion_core.evaluation.identity import classifier_identity, distance_name, extractor_identity
 from diffusion_core.generation.config import GenerationConfig
-from diffusion_core.jobs.cluster import ray_session
+from diffusion_core.jobs.cluster.rows import WorkersDied, on_cluster
+from diffusion_core.jobs.cluster.session import ray_session
+from diffusion_core.jobs.cluster.tally import tallied
 from diffusion_core.jobs.evaluate import check_comparable
 from diffusion_core.jobs.guide import guide_digests, with_guides_found
 from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.requests import CompareRequest, CompareResult, Resources
-from diffusion_core.jobs.rows import WorkersDied, on_cluster
-from diffusion_core.jobs.tally import tallied
 from diffusion_core.jobs.turns import one_at_a_time
 from diffusion_core.progress import Progress
 from diffusion_core.storage import Directory

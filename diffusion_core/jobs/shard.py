@@ -39,10 +39,10 @@ from diffusion_core.data.sources import Scan, Source, open_source
 from diffusion_core.data.sources.hashed import SourceChanged
 from diffusion_core.data.sources.listing import SourceFile
 from diffusion_core.data.spool import WORK, positions_of_items, spool_chunk, spool_chunks, with_spool
-from diffusion_core.jobs.cluster import ray_session
+from diffusion_core.jobs.cluster.rows import WorkersDied, on_cluster, survives
+from diffusion_core.jobs.cluster.session import ray_session
 from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.requests import Resources, ShardRequest, ShardResult
-from diffusion_core.jobs.rows import WorkersDied, on_cluster, survives
 from diffusion_core.jobs.turns import one_at_a_time
 from diffusion_core.patience import StoreUnavailable
 from diffusion_core.progress import Progress

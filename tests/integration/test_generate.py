@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from diffusion_core.bundle import RECORD, WEIGHTS
 from diffusion_core.config import UserError, digest
 from diffusion_core.generation import GenerationConfig, open_imageset
+from diffusion_core.jobs.cluster.rows import on_cluster
 from diffusion_core.jobs.generate import generate, run
 from diffusion_core.jobs.requests import GenerateRequest, GenerateResult, Resources
-from diffusion_core.jobs.rows import on_cluster
 from diffusion_core.progress import parse_progress
 from diffusion_core.storage import Directory
 from tests.tiny_bundle import tiny_bundle

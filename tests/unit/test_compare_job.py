@@ -21,9 +21,9 @@ from diffusion_core.evaluation.config import ClassifierConfig, ComparisonConfig,
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.generation.worker import Generator, NonFiniteImages
 from diffusion_core.jobs import compare, compare_cell
+from diffusion_core.jobs.cluster.rows import WorkersDied
 from diffusion_core.jobs.compare_cell import Count, counted
 from diffusion_core.jobs.requests import CompareRequest
-from diffusion_core.jobs.rows import WorkersDied
 from diffusion_core.storage import Directory
 from flows import listing, prune
 from tests.evaluated import pictures_dataset

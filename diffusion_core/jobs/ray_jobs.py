@@ -1,0 +1,162 @@
+"""A job of the Ray Jobs API: its log is followed, its end is asked for, and it is stopped with its actors."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from contextlib import closing
+from typing import TYPE_CHECKING, TypeVar
+
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+
+from diffusion_core.config import UserError
+from diffusion_core.jobs.transport import GRACE_S, JobFailed
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
+
+T = TypeVar("T")
+
+AGENT_TIMEOUT_S = 60.0
+API_PATIENCE_S = 80.0  # that the Jobs API may be away while a job runs
+POLL_S = 0.5
+SILENCE_S = 60.0  # of a log, after which its connection may be dead
+
+logger = logging.getLogger(__name__)
+
+
+class RayJob:
+    """A job of the Ray Jobs API. Each attempt has its own submission id, because ids cannot be used twice."""
+
+    def __init__(self, entrypoint: str, job_id: str) -> None:
+        self._id = job_id
+        self._client = _jobs_client()
+        self._submit(entrypoint)
+
+    def _submit(self, entrypoint: str) -> None:
+        """Submit the job; a cluster that has just started has no agent to take it yet, which is waited for."""
+        deadline = time.monotonic() + AGENT_TIMEOUT_S
+        while True:
+            try:
+                self._client.submit_job(
+                    entrypoint=entrypoint,
+                    submission_id=self._id,
+                    runtime_env={"env_vars": {"PYTHONUNBUFFERED": "1"}},
+                )
+                return
+            except (RuntimeError, OSError) as error:
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise JobFailed(f"The Ray Jobs API did not take the job {self._id}: {error}") from error
+            time.sleep(1.0)
+
+    def lines(self) -> Iterator[str]:
+        chunks: queue.Queue[str | BaseException | None] = queue.Queue()
+        threading.Thread(target=self._follow, args=(chunks,), daemon=True).start()
+        rest = ""
+        while (chunk := chunks.get()) is not None:
+            if isinstance(chunk, BaseException):
+                raise chunk
+            *whole, rest = (rest + chunk).split("\n")
+            yield from whole
+        if rest:
+            yield rest
+
+    def _follow(self, chunks: queue.Queue[str | BaseException | None]) -> None:
+        """Hand on the whole log. A connection that breaks says nothing about the job: it is made again."""
+        handed_on, last = 0, False
+        while True:
+            whole, at = True, 0
+            try:
+                with closing(_each(self._client.tail_job_logs(self._id))) as log:
+                    for chunk in log:  # each connection begins with the first line
+                        at += len(chunk)
+                        if at > handed_on:
+                            chunks.put(chunk[handed_on - at :])
+                            handed_on = at
+            except Exception as error:
+                logger.info("The connection to the log of %s broke: %s", self._id, error)
+                whole = False
+            try:
+                ended = self._info().status.is_terminal()
+            except Exception as error:  # handed to the thread that waits for the lines
+                chunks.put(error)
+                return
+            if ended and (whole or last):
+                chunks.put(None)
+                return
+            last = ended  # what it printed at its end may still be missing
+            time.sleep(POLL_S)
+
+    def _info(self, patience_s: float | None = None) -> JobDetails:
+        """What the Jobs API knows of the job; `JobFailed` if it does not know it, or stays away for minutes."""
+        try:
+            return _asked(lambda: self._client.get_job_info(self._id), patience_s or API_PATIENCE_S)
+        except (OSError, RuntimeError) as error:
+            raise JobFailed(f"The Ray Jobs API at {jobs_address()} gives no news of {self._id}: {error}") from error
+
+    def exit_status(self) -> int:
+        while not (info := self._info()).status.is_terminal():
+            time.sleep(POLL_S)
+        if info.status == "SUCCEEDED":
+            return 0
+        return info.driver_exit_code if info.driver_exit_code is not None else 1
+
+    def stop(self, signum: int) -> None:
+        """Stop the job with its actors; Ray sends SIGTERM and, after its own grace, SIGKILL."""
+        deadline = time.monotonic() + GRACE_S
+        try:
+            _asked(lambda: self._client.stop_job(self._id), GRACE_S)
+            while time.monotonic() < deadline and not self._info(GRACE_S).status.is_terminal():
+                time.sleep(POLL_S)
+        except (OSError, RuntimeError, JobFailed) as error:  # must not hide why the job is stopped
+            logger.warning("The job %s could not be stopped and may go on: %s", self._id, error)
+
+
+def _asked(ask: Callable[[], T], patience_s: float) -> T:
+    """The answer of the Jobs API, asked again while it is away; the last error if that takes too long."""
+    retrying = Retrying(
+        retry=retry_if_exception(_is_away),
+        stop=stop_after_delay(patience_s),
+        wait=wait_random_exponential(multiplier=POLL_S, max=10),
+        reraise=True,
+    )
+    return retrying(ask)
+
+
+def _is_away(error: BaseException) -> bool:
+    return isinstance(error, OSError) or (isinstance(error, RuntimeError) and "status code 5" in str(error))
+
+
+def _each(chunks: AsyncIterator[str]) -> Generator[str]:
+    """What an asynchronous iterator yields; `TimeoutError` if it is silent for long."""
+    with asyncio.Runner() as runner:
+        while True:
+            try:
+                yield runner.run(asyncio.wait_for(anext(chunks), SILENCE_S))
+            except StopAsyncIteration:
+                return
+
+
+def jobs_address() -> str | None:
+    """The Jobs API that the environment names, None if it names none."""
+    address = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS", "")
+    return address.rstrip("/") if address.startswith(("http://", "https://")) else None
+
+
+def _jobs_client() -> JobSubmissionClient:
+    address = jobs_address()
+    if address is None:
+        raise UserError("backend.kind is jobs, which needs RAY_API_SERVER_ADDRESS, as http://head-node:8265.")
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address)
+    except OSError as error:  # that the address is right was seen before the flow began
+        raise JobFailed(f"The Ray Jobs API at {address} (RAY_API_SERVER_ADDRESS) does not answer: {error}") from error
+    except RuntimeError as error:
+        raise UserError(f"The Ray Jobs API at {address} (RAY_API_SERVER_ADDRESS) cannot be used: {error}") from error

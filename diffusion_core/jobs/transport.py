@@ -1,0 +1,30 @@
+"""How a job's program is started and followed, wherever it runs; `local.py` and `ray_jobs.py` implement it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+GRACE_S = 25.0  # of a job that is asked to end: less than the 30 seconds after which Prefect kills a cancelled flow
+
+
+class JobFailed(Exception):
+    """A job ended neither well nor with a mistake of the user. The message holds the end of its log."""
+
+
+class Handle(Protocol):
+    """One started job."""
+
+    def lines(self) -> Iterator[str]:
+        """The job's output, until it ends."""
+
+    def stop(self, signum: int) -> None:
+        """End the job with all its processes, and wait until they are gone."""
+
+    def exit_status(self) -> int:
+        """0, 2 for a mistake of the user, anything else for a failure."""
+
+
+def program(stage: str, request_uri: str) -> list[str]:
+    """Arguments of the interpreter that runs the job of a stage, on every transport."""
+    return ["-m", f"diffusion_core.jobs.{stage}", request_uri]
