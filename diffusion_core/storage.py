@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
+from diffusion_core import traffic
 from diffusion_core.config import UserError
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ class Directory:
 
     def write(self, key: str, data: bytes) -> None:
         """Put a file there in place of whatever was there. Readers see the old content or the new, never a part."""
+        traffic.wrote(len(data))
         if not self.is_local:
             self._s3.write(_checked_key(key), data)
             return
@@ -125,12 +127,14 @@ class Directory:
         Of any number of processes that create the same key at once exactly one gets True, and no reader ever sees a
         part of the file. When it returns, the file survives a power cut.
         """
+        traffic.wrote(len(data))
         if not self.is_local:
             return self._s3.create(_checked_key(key), data)
         return _create_locally(self._path(key), data)
 
     def create_file(self, key: str, path: Path) -> bool:
         """Like `create`, with the content of a local file of any size."""
+        traffic.wrote(path.stat().st_size)
         if not self.is_local:
             return self._s3.create_file(_checked_key(key), path)
         return _create_locally(self._path(key), path)

@@ -1,4 +1,4 @@
-"""What can be known to go wrong before anything starts: checked in seconds, without Ray, Prefect or torch.
+"""What can be known to go wrong before anything starts: checked in seconds, without Prefect or torch.
 
 Each check raises a `UserError` that names the field, its value and what is accepted. A flow runs them first, the
 command runs them before it even starts Prefect.
@@ -25,7 +25,8 @@ from diffusion_core.evaluation.comparison import check_contestants
 from diffusion_core.evaluation.config import EvaluationConfig, check_held_out_figures
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.jobs.backend import BackendConfig, BackendKind
-from diffusion_core.jobs.ray_jobs import jobs_address
+from diffusion_core.jobs.cluster.session import check_token
+from diffusion_core.jobs.ray_jobs import check_jobs_api, jobs_address
 from diffusion_core.jobs.requests import (
     CompareRequest,
     EvaluateRequest,
@@ -301,6 +302,7 @@ def check_resources(field: str, resources: Resources, backend: BackendConfig) ->
 def check_services(store: str, backend: BackendConfig, mlflow: bool = True) -> None:
     """The services that the environment names answer."""
     _check_address("RAY_ADDRESS", os.environ.get("RAY_ADDRESS"), default_port=6379)
+    check_token()
     if backend.kind is BackendKind.jobs:
         if jobs_address() is None:
             raise UserError(
@@ -309,6 +311,7 @@ def check_services(store: str, backend: BackendConfig, mlflow: bool = True) -> N
         if Directory(store).is_local:
             _check_shared(store)
         _check_address("RAY_API_SERVER_ADDRESS", jobs_address(), default_port=8265)
+        check_jobs_api()
     if mlflow and (record := tracking_uri(store)).startswith(("http://", "https://")):
         _check_address("MLFLOW_TRACKING_URI", record, default_port=443 if record.startswith("https") else 80)
 

@@ -14,21 +14,25 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from typing import TypeVar
 
 from pydantic import Field
 
 from diffusion_core.config import Config, UserError, execution
+from diffusion_core.jobs.lines import plain
 from diffusion_core.jobs.local import LocalJob
 from diffusion_core.jobs.log import LOG, KeptLog
+from diffusion_core.jobs.orphans import close_record
 from diffusion_core.jobs.protocol import ERROR, EXIT_USER_ERROR, RESULT
-from diffusion_core.jobs.ray_jobs import RayJob
+from diffusion_core.jobs.ray_jobs import RayJob, jobs_address
 from diffusion_core.jobs.requests import Request, Result
+from diffusion_core.jobs.running import Running
 from diffusion_core.jobs.transport import Handle, JobFailed, program
 from diffusion_core.patience import EXIT_STORE_AWAY, StoreUnavailable
+from diffusion_core.processes import named, this_process
 from diffusion_core.progress import ProgressEvent, parse_progress
 from diffusion_core.storage import Directory
 
@@ -88,22 +92,36 @@ def run_job(
     place.write("request.json", request.model_dump_json(indent=2).encode())
     if on_start:
         on_start(job)
-    with KeptLog(place) as log:
+    running = Running(waiter=this_process(), api=jobs_address() if backend.kind is BackendKind.jobs else None)
+    with KeptLog(place, running) as log, _record_closed(request.store, job_id):
         handle = _start(stage, job, backend)
         try:
+            if isinstance(handle, LocalJob):
+                running.process = named(handle.pid)
             for line in handle.lines():
-                event = parse_progress(line)
+                said = plain(line)
+                event = parse_progress(said)
                 if event is None:
                     log.append(line)
                 if event is not None and on_progress:
                     on_progress(event)
                 elif event is None and on_line:
-                    on_line(line)
+                    on_line(said)
             status = handle.exit_status()
         except BaseException as reason:
             handle.stop(signal.SIGINT if isinstance(reason, KeyboardInterrupt) else signal.SIGTERM)
             raise
-    return _outcome(stage, place, status, log.lines(), result_type)
+        return _outcome(stage, place, status, [plain(line) for line in log.lines()], result_type)
+
+
+@contextmanager
+def _record_closed(store: str, job_id: str) -> Iterator[None]:
+    """However a job ends that gave no result, its MLflow run does not stay RUNNING."""
+    try:
+        yield
+    except BaseException:
+        close_record(store, job_id)
+        raise
 
 
 def _outcome(stage: str, place: Directory, status: int, lines: list[str], result_type: type[ResultT]) -> ResultT:

@@ -25,10 +25,12 @@ from diffusion_core.generation import tables
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.generation.imageset import FAILED, SHEET, ImageSet, describe
 from diffusion_core.generation.plan import Extension, Range, Shard, ShardOutcome, ShardTask
+from diffusion_core.jobs.cluster import metrics
 from diffusion_core.jobs.cluster.reserve import reserved
 from diffusion_core.jobs.cluster.rows import Pool, one_pass
 from diffusion_core.jobs.cluster.session import ray_session
 from diffusion_core.jobs.cluster.tally import Tally, tallied
+from diffusion_core.jobs.context import about
 from diffusion_core.jobs.guide import with_guides_found
 from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.requests import GenerateRequest, GenerateResult, Resources
@@ -142,6 +144,7 @@ def generate(
     config = config.model_copy(update={"guidance": with_guides_found(config.guidance, store)})
     found_digest = bundle_digest(bundle_uri)
     images = describe(store, bundle_uri, found_digest, read_bundle_config(bundle_uri), config)
+    about(set_id=images.description.set_id)
     wanted, outcome = images.look(config.first_image_id, config.count), _Outcome()
     missing = images.missing(wanted)
     if wanted.gaps or missing:
@@ -239,6 +242,7 @@ def _make(
         share = -(-len(todo) // (BLOCKS_PER_WORKER * crew.resources.workers))
         pool = Pool(tally, 1 if attempt else min(config.shards_per_block, share))
         if attempt:
+            metrics.count(metrics.Counter.retries, len(todo))
             logger.warning("%d shards are tried again", len(todo))
         work = _Work(crew.worker, crew.task, tally)
         told = dict[Shard, ShardOutcome]()

@@ -10,12 +10,13 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import closing
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from diffusion_core.config import UserError
-from diffusion_core.jobs.transport import GRACE_S, JobFailed
+from diffusion_core.jobs.lines import FORMAT
+from diffusion_core.jobs.transport import GRACE_S, JobFailed, wrong_token
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -25,6 +26,7 @@ T = TypeVar("T")
 AGENT_TIMEOUT_S = 60.0
 API_PATIENCE_S = 80.0  # that the Jobs API may be away while a job runs
 POLL_S = 0.5
+ANSWER_S = 20.0  # that the API may take for one answer
 SILENCE_S = 60.0  # of a log, after which its connection may be dead
 
 logger = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ class RayJob:
 
     def __init__(self, entrypoint: str, job_id: str) -> None:
         self._id = job_id
-        self._client = _jobs_client()
+        self._client = _jobs_client(jobs_address())
         self._submit(entrypoint)
 
     def _submit(self, entrypoint: str) -> None:
@@ -46,7 +48,7 @@ class RayJob:
                 self._client.submit_job(
                     entrypoint=entrypoint,
                     submission_id=self._id,
-                    runtime_env={"env_vars": {"PYTHONUNBUFFERED": "1"}},
+                    runtime_env={"env_vars": {"PYTHONUNBUFFERED": "1", **_asked_of_jobs()}},
                 )
                 return
             except (RuntimeError, OSError) as error:
@@ -97,14 +99,19 @@ class RayJob:
         try:
             return _asked(lambda: self._client.get_job_info(self._id), patience_s or API_PATIENCE_S)
         except (OSError, RuntimeError) as error:
-            raise JobFailed(f"The Ray Jobs API at {jobs_address()} gives no news of {self._id}: {error}") from error
+            raise JobFailed(
+                f"The Ray Jobs API at {jobs_address()} gives no news of {self._id}: {str(error).rstrip('.')}. "
+                "If the cluster is gone, running it again on the next one continues the work."
+            ) from error
 
     def exit_status(self) -> int:
         while not (info := self._info()).status.is_terminal():
             time.sleep(POLL_S)
         if info.status == "SUCCEEDED":
             return 0
-        return info.driver_exit_code if info.driver_exit_code is not None else 1
+        if info.driver_exit_code is None:  # Ray lost the program, as with the node that it ran on
+            raise JobFailed(f"The job {self._id} was lost ({info.message}); running it again continues the work.")
+        return int(info.driver_exit_code)
 
     def stop(self, signum: int) -> None:
         """Stop the job with its actors; Ray sends SIGTERM and, after its own grace, SIGKILL."""
@@ -113,8 +120,13 @@ class RayJob:
             _asked(lambda: self._client.stop_job(self._id), GRACE_S)
             while time.monotonic() < deadline and not self._info(GRACE_S).status.is_terminal():
                 time.sleep(POLL_S)
-        except (OSError, RuntimeError, JobFailed) as error:  # must not hide why the job is stopped
+        except (OSError, RuntimeError, JobFailed, UserError) as error:  # must not hide why the job is stopped
             logger.warning("The job %s could not be stopped and may go on: %s", self._id, error)
+
+
+def _asked_of_jobs() -> dict[str, str]:
+    """What the environment of whoever waits asks of the program of a job."""
+    return {name: value for name in (FORMAT,) if (value := os.environ.get(name))}
 
 
 def _asked(ask: Callable[[], T], patience_s: float) -> T:
@@ -148,14 +160,51 @@ def jobs_address() -> str | None:
     return address.rstrip("/") if address.startswith(("http://", "https://")) else None
 
 
-def _jobs_client() -> JobSubmissionClient:
-    address = jobs_address()
+def check_jobs_api() -> None:
+    """The Jobs API that the environment names answers, and takes this process's token.
+
+    Raises:
+        UserError: which of the two is not so.
+        JobFailed: it does not answer.
+    """
+    _jobs_client(jobs_address())
+
+
+def stop_job(address: str, job_id: str) -> None:
+    """Stop a job that another process has submitted; nothing happens if it has ended, or is not known there.
+
+    Raises:
+        JobFailed: the Jobs API does not answer, or does not take this process's token.
+    """
+    try:
+        client = _jobs_client(address)
+        if any(job.submission_id == job_id and not job.status.is_terminal() for job in client.list_jobs()):
+            client.stop_job(job_id)
+    except (OSError, RuntimeError, UserError) as error:
+        raise JobFailed(f"The job {job_id} could not be stopped and may go on: {error}") from error
+
+
+def _jobs_client(address: str | None) -> JobSubmissionClient:
     if address is None:
         raise UserError("backend.kind is jobs, which needs RAY_API_SERVER_ADDRESS, as http://head-node:8265.")
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    refused = UserError(wrong_token(f"The Ray Jobs API at {address} (RAY_API_SERVER_ADDRESS)"))
+
+    class Client(JobSubmissionClient):
+        """With a time-out: the API of a cluster that is dying may take a question and never answer it."""
+
+        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+            try:
+                return super()._do_request(method, endpoint, **{"timeout": ANSWER_S, **options})
+            except AuthenticationError:  # neither OSError nor RuntimeError
+                raise refused from None
+
     try:
-        return JobSubmissionClient(address)
+        return Client(address)
+    except AuthenticationError:  # there is no token to send
+        raise refused from None
     except OSError as error:  # that the address is right was seen before the flow began
         raise JobFailed(f"The Ray Jobs API at {address} (RAY_API_SERVER_ADDRESS) does not answer: {error}") from error
     except RuntimeError as error:

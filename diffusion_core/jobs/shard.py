@@ -39,8 +39,10 @@ from diffusion_core.data.sources import Scan, Source, open_source
 from diffusion_core.data.sources.hashed import SourceChanged
 from diffusion_core.data.sources.listing import SourceFile
 from diffusion_core.data.spool import WORK, positions_of_items, spool_chunk, spool_chunks, with_spool
+from diffusion_core.jobs.cluster import metrics
 from diffusion_core.jobs.cluster.rows import WorkersDied, on_cluster, survives
 from diffusion_core.jobs.cluster.session import ray_session
+from diffusion_core.jobs.context import about
 from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.requests import Resources, ShardRequest, ShardResult
 from diffusion_core.jobs.turns import one_at_a_time
@@ -69,6 +71,7 @@ def run(request: ShardRequest) -> ShardResult:
     with ExitStack() as cluster:
         digests = _hash_source(source, cache, request.resources, cluster)
         version = dataset_version(source, digests, request.dataset)
+        about(dataset=f"{request.dataset.name}@{version}")
         directory = home / version
         reused = directory.exists(MANIFEST)
         if not reused:
@@ -165,6 +168,7 @@ def _make(
         raise
     in_shards = _rejected_in(records)
     judge(in_shards)
+    metrics.count(metrics.Counter.rejected, len(scan.rejected) + len(in_shards))
     return commit_dataset(
         directory,
         version=directory.name,

@@ -8,11 +8,14 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 from diffusion_core.config import UserError
+from diffusion_core.jobs.account import keeper
 from diffusion_core.jobs.cluster.fit import Fit, TrainingError, explained, signals_received
-from diffusion_core.jobs.cluster.train_worker import PROGRESS, recorded_error, stop_key
+from diffusion_core.jobs.cluster.train_worker import PROGRESS, recorded_error, stop_key, usage_of
+from diffusion_core.jobs.context import about, current
 from diffusion_core.jobs.protocol import main
 from diffusion_core.jobs.record import record_afterwards, recorded_mlflow_run
 from diffusion_core.jobs.requests import Resources, TrainRequest, TrainResult
@@ -44,6 +47,7 @@ def run(request: TrainRequest) -> TrainResult:
     )
     start = _resolved(request)
     place = open_run(request.store, spec, start)
+    about(run_id=place.run_id, dataset=request.dataset_uri)
     outcome, reused = place.finished(spec.training), True
     if outcome is None:
         outcome, reused = _train_or_watch(request, spec, place, start)
@@ -111,7 +115,9 @@ def _train(
         with ray_session(), Progress("train", spec.training.target_images, initial=None) as progress:
             require_resources(request.resources)
             fit = Fit(order, request.resources)
-            _follow(fit, place, lease, _Relay(place, lease.number, progress))
+            with keeper().reserved_gpus(request.resources.workers * request.resources.gpus_per_worker):
+                _follow(fit, place, lease, _Relay(place, lease.number, progress))
+            keeper().add(usage_of(place, lease.number, request.resources.workers))
             outcome = _outcome(fit, place, lease, request.resources)
             progress.update(outcome.images_seen, loss=outcome.loss)
             return outcome
@@ -127,6 +133,7 @@ def _follow(fit: Fit, place: RunDirectory, lease: Lease, show: _Relay) -> None:
         asked_at = 0.0
         while not fit.wait(_POLL_S):
             show()
+            about(mlflow_run_id=_recorded_by_now(place))
             if received and not asked_at:
                 logger.warning("Stopping after the next checkpoint; once more, or %g s, to stop now.", STOP_GRACE_S)
                 asked_at = time.monotonic()
@@ -137,6 +144,15 @@ def _follow(fit: Fit, place: RunDirectory, lease: Lease, show: _Relay) -> None:
     if received:
         lease.end(FAILED)
         raise SystemExit(128 + received[0])
+
+
+def _recorded_by_now(place: RunDirectory) -> str | None:
+    """The MLflow run, for whoever clears up after this job; None before the workers came that far."""
+    if "mlflow_run_id" in current().ids:
+        return None
+    with suppress(StoreUnavailable), patience(_LOOK_PATIENCE_S):
+        return recorded_mlflow_run(place)
+    return None
 
 
 def _ask_to_stop(place: RunDirectory, lease: Lease, signum: int) -> None:
@@ -185,6 +201,8 @@ class _Relay:
         except (FileNotFoundError, StoreUnavailable):  # the workers may do without the store for longer
             return
         if told["attempt"] == self._attempt and told != self._shown:
+            if not self._shown:  # what was done before is none of this job's work
+                self._progress.update(told.get("began", told["done"]))
             self._shown = told
             self._progress.total = told["total"]
             self._progress.update(told["done"], **told["figures"])

@@ -25,6 +25,14 @@ class Handle(Protocol):
         """0, 2 for a mistake of the user, anything else for a failure."""
 
 
+def wrong_token(cluster: str) -> str:
+    """The sentence for a cluster that does not take this process's token, or its lack of one."""
+    return (
+        f"{cluster} does not accept the token of this process: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+        "RAY_AUTH_TOKEN_PATH to the token that the cluster was started with."
+    )
+
+
 def program(stage: str, request_uri: str) -> list[str]:
     """Arguments of the interpreter that runs the job of a stage, on every transport."""
     return ["-m", f"diffusion_core.jobs.{stage}", request_uri]

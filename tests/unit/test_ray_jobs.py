@@ -58,7 +58,7 @@ def job_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[JobsApi], RayJob]:
     monkeypatch.setattr(ray_jobs, "POLL_S", 0.01)
 
     def start(api: JobsApi) -> RayJob:
-        monkeypatch.setattr(ray_jobs, "_jobs_client", lambda: api)
+        monkeypatch.setattr(ray_jobs, "_jobs_client", lambda address: api)
         return RayJob("python -m job", "generate-1")
 
     return start

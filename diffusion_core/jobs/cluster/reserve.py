@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from diffusion_core.config import UserError
+from diffusion_core.jobs.account import keeper
 from diffusion_core.jobs.requests import Resources
 
 POLL_S = 1.0
@@ -41,7 +42,8 @@ def reserved(resources: Resources) -> Iterator[dict[str, Any]]:
         options: dict[str, Any] = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker}
         if resources.accelerator_type:
             options["accelerator_type"] = resources.accelerator_type
-        yield {**options, "scheduling_strategy": PlacementGroupSchedulingStrategy(group)}
+        with keeper().reserved_gpus(group.bundle_count * resources.gpus_per_worker):
+            yield {**options, "scheduling_strategy": PlacementGroupSchedulingStrategy(group)}
     finally:
         remove_placement_group(group)
 

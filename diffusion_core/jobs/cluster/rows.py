@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 from diffusion_core.config import UserError
+from diffusion_core.jobs.account import keeper, measured
+from diffusion_core.jobs.cluster import metrics
 from diffusion_core.jobs.cluster.reserve import reserved
 from diffusion_core.jobs.cluster.tally import Tally
 from diffusion_core.jobs.requests import Resources
@@ -65,6 +67,7 @@ def on_cluster(
     with reserved(resources) as options:
         for attempt in range(attempts):
             if attempt:
+                metrics.count(metrics.Counter.retries, len(left))
                 log.warning("The processes of %d parts of the work died; these are tried again.", len(left))
             done = set()
             with closing(one_pass(work, {place: rows[place] for place in left}, resources, options)) as answers:
@@ -135,10 +138,16 @@ def one_pass(
     try:
         # Left to the garbage collector, an unfinished execution would wake Ray up again after its shutdown.
         with closing(cast("Generator[dict[str, bytes]]", iter(data.iter_rows()))) as answers:
+            left = len(items)
+            metrics.show(metrics.Gauge.queue_length, left)
             for answer in answers:
-                place, result, error = cloudpickle.loads(answer["answer"])
+                place, result, error, usage = cloudpickle.loads(answer["answer"])
+                keeper().add(usage)
                 if error is not None:
                     raise error
+                left -= 1
+                metrics.count(metrics.Counter.shards)
+                metrics.show(metrics.Gauge.queue_length, left)
                 yield place, result
     finally:
         if pool:  # the error of a lost block may hold on to its actor, whose CPU the next pass would wait for
@@ -183,12 +192,17 @@ class _Member:
 
 
 def _answer(work: Callable[[Any], Any], item: dict[str, bytes]) -> dict[str, bytes]:
-    """The place of a row, and its result or error: raised by Ray Data it could not be told from a death."""
+    """The place of a row, its result or error, and what it took: raised, an error could not be told from a death."""
     from ray import cloudpickle
 
     place, row = cloudpickle.loads(item["item"])
-    try:
-        return {"answer": cloudpickle.dumps((place, work(row), None))}
-    except Exception as error:
-        error.add_note(f"In the worker:\n{traceback.format_exc()}")
-        return {"answer": cloudpickle.dumps((place, None, error))}
+
+    def tried() -> tuple[int, Any, Exception | None]:
+        try:
+            return place, work(row), None
+        except Exception as error:
+            error.add_note(f"In the worker:\n{traceback.format_exc()}")
+            return place, None, error
+
+    answer, usage = measured(tried)
+    return {"answer": cloudpickle.dumps((*answer, usage))}

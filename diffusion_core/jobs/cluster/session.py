@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
+from diffusion_core import progress
 from diffusion_core.config import UserError
+from diffusion_core.jobs.account import keeper
+from diffusion_core.jobs.cluster import metrics
+from diffusion_core.jobs.transport import wrong_token
 
 ENDPOINTS = ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
+
+_ANSWER_S = 10.0
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +41,13 @@ def ray_session() -> Iterator[None]:
         yield
         return
     _start()
+    progress.listeners.append(metrics.of_progress)
     try:
         yield
     finally:
-        ray.shutdown()
+        progress.listeners.remove(metrics.of_progress)
+        with keeper().workers_ending():
+            ray.shutdown()
 
 
 def _start() -> None:
@@ -49,10 +59,37 @@ def _start() -> None:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
         return
+    check_token()
     try:
         ray.init(address=address, runtime_env={"env_vars": _endpoints()}, **quiet)
     except ConnectionError as error:
         raise UserError(f"The Ray cluster that RAY_ADDRESS names, {address}, cannot be reached: {error}") from error
+
+
+def check_token() -> None:
+    """The cluster that RAY_ADDRESS names takes this process's token: Ray would try for long, and not say why not.
+
+    Raises:
+        UserError: it does not. Of a cluster that does not answer, or is not named by host and port, nothing is said.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not re.fullmatch(r"[^/:]+:\d+", address):
+        return
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
+    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+    from ray.exceptions import AuthenticationError
+
+    refused = UserError(wrong_token(f"The Ray cluster that RAY_ADDRESS names, {address},"))
+    try:
+        with init_grpc_channel(address) as channel:
+            NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=_ANSWER_S)
+    except AuthenticationError:  # there is no token to send
+        raise refused from None
+    except grpc.RpcError as error:
+        if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+            raise refused from None
 
 
 def _endpoints() -> dict[str, str]:
