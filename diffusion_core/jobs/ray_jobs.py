@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 AGENT_TIMEOUT_S = 60.0
-API_PATIENCE_S = 80.0  # that the Jobs API may be away while a job runs
+API_PATIENCE_S = 60.0  # that the Jobs API may be away while a job runs: a dead cluster is told within two minutes
 POLL_S = 0.5
 ANSWER_S = 20.0  # that the API may take for one answer
 SILENCE_S = 60.0  # of a log, after which its connection may be dead
@@ -36,7 +36,7 @@ class RayJob:
     """A job of the Ray Jobs API. Each attempt has its own submission id, because ids cannot be used twice."""
 
     def __init__(self, entrypoint: str, job_id: str) -> None:
-        self._id = job_id
+        self._id, self._lost = job_id, False
         self._client = _jobs_client(jobs_address())
         self._submit(entrypoint)
 
@@ -96,9 +96,11 @@ class RayJob:
 
     def _info(self, patience_s: float | None = None) -> JobDetails:
         """What the Jobs API knows of the job; `JobFailed` if it does not know it, or stays away for minutes."""
+        patience_s = API_PATIENCE_S if patience_s is None else patience_s
         try:
-            return _asked(lambda: self._client.get_job_info(self._id), patience_s or API_PATIENCE_S)
+            return _asked(lambda: self._client.get_job_info(self._id), patience_s)
         except (OSError, RuntimeError) as error:
+            self._lost = True
             raise JobFailed(
                 f"The Ray Jobs API at {jobs_address()} gives no news of {self._id}: {str(error).rstrip('.')}. "
                 "If the cluster is gone, running it again on the next one continues the work."
@@ -115,10 +117,11 @@ class RayJob:
 
     def stop(self, signum: int) -> None:
         """Stop the job with its actors; Ray sends SIGTERM and, after its own grace, SIGKILL."""
+        patience_s = 0.0 if self._lost else GRACE_S  # it was waited for long enough
         deadline = time.monotonic() + GRACE_S
         try:
-            _asked(lambda: self._client.stop_job(self._id), GRACE_S)
-            while time.monotonic() < deadline and not self._info(GRACE_S).status.is_terminal():
+            _asked(lambda: self._client.stop_job(self._id), patience_s)
+            while time.monotonic() < deadline and not self._info(patience_s).status.is_terminal():
                 time.sleep(POLL_S)
         except (OSError, RuntimeError, JobFailed, UserError) as error:  # must not hide why the job is stopped
             logger.warning("The job %s could not be stopped and may go on: %s", self._id, error)
