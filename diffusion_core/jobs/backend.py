@@ -32,7 +32,7 @@ from diffusion_core.jobs.requests import Request, Result
 from diffusion_core.jobs.running import Running
 from diffusion_core.jobs.transport import Handle, JobFailed, program
 from diffusion_core.patience import EXIT_STORE_AWAY, StoreUnavailable
-from diffusion_core.processes import named, this_process
+from diffusion_core.processes import this_process
 from diffusion_core.progress import ProgressEvent, parse_progress
 from diffusion_core.storage import Directory
 
@@ -96,8 +96,7 @@ def run_job(
     with KeptLog(place, running) as log, _record_closed(request.store, job_id):
         handle = _start(stage, job, backend)
         try:
-            if isinstance(handle, LocalJob):
-                running.process = named(handle.pid)
+            running.process = handle.process
             for line in handle.lines():
                 said = plain(line)
                 event = parse_progress(said)

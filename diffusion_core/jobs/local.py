@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import IO, Any
 
 from diffusion_core.jobs.transport import GRACE_S
+from diffusion_core.processes import named
 
 
 class LocalJob:
@@ -29,6 +30,7 @@ class LocalJob:
             start_new_session=True,
             preexec_fn=_die_with_parent if _LIBC else None,
         )
+        self.process: dict[str, Any] | None = named(self.pid)
 
     @property
     def pid(self) -> int:

@@ -36,6 +36,7 @@ class RayJob:
     """A job of the Ray Jobs API. Each attempt has its own submission id, because ids cannot be used twice."""
 
     def __init__(self, entrypoint: str, job_id: str) -> None:
+        self.process: dict[str, Any] | None = None
         self._id, self._lost = job_id, False
         self._client = _jobs_client(jobs_address())
         self._submit(entrypoint)

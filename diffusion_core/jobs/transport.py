@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 GRACE_S = 25.0  # of a job that is asked to end: less than the 30 seconds after which Prefect kills a cancelled flow
 
@@ -13,7 +13,12 @@ class JobFailed(Exception):
 
 
 class Handle(Protocol):
-    """One started job."""
+    """One started job.
+
+    process: what names the job's process of this machine for `processes.is_gone`; None if it runs elsewhere.
+    """
+
+    process: dict[str, Any] | None
 
     def lines(self) -> Iterator[str]:
         """The job's output, until it ends."""

@@ -242,6 +242,7 @@ backend.run_job("shard", request, ShardResult, backend.BackendConfig(kind="jobs"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_cluster_that_dies_ends_the_wait_with_a_sentence(
     jobs_api: Head, store: str, monkeypatch: pytest.MonkeyPatch
