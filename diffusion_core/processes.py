@@ -15,17 +15,17 @@ def this_process() -> dict[str, Any]:
 
 def named(pid: int) -> dict[str, Any]:
     """What names a process of this machine for `is_gone`, for as long as it lives."""
-    return {"host": _host(), "pid": pid, "started": _started(pid)}
+    return {"host": host(), "pid": pid, "started": _started(pid)}
 
 
 def is_gone(owner: dict[str, Any]) -> bool:
     """True if the process ran on this very machine (and in this container) and is no more."""
-    if owner.get("started") is None or owner.get("host") != _host():
+    if owner.get("started") is None or owner.get("host") != host():
         return False
     return _started(int(owner["pid"])) != owner["started"]
 
 
-def _host() -> str:
+def host() -> str:
     """Names a set of process ids: host name, boot, and process namespace, as two containers may share the name."""
     boot = _text("/proc/sys/kernel/random/boot_id")
     try:

@@ -3,50 +3,26 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Annotated, Any
 
 import typer
 
 from flows import options as o
-
-DEFAULT_STORE = "store"
+from flows.options import DEFAULT_STORE, print_json
 
 Reference = Annotated[
-    str, typer.Argument(help="Set, model, bundle, run or dataset: its URI, its id, or models:/name@alias.")
+    str,
+    typer.Argument(help="Set, run (id or its beginning), model (digits@champion), dataset (digits@version), or URI."),
 ]
 ModelName = Annotated[str, typer.Argument(help="Name of the registered model.")]
 
 
 def add_to(app: typer.Typer) -> None:
     """Give the command its verbs."""
-    for verb in (export, promote, rollback, lineage, reproduce, verify, prune):
+    for verb in (promote, rollback, lineage, reproduce, verify, prune):
         app.command()(verb)
     app.command(name="list")(list_kind)
-
-
-def export(
-    run: Annotated[str, typer.Argument(help="Run, by its id or URI, that was trained with training.ema=power.")],
-    sigma_rel: Annotated[float, typer.Option("--sigma-rel", help="Relative width of the average, 0.01 to 0.28.")],
-    images_seen: Annotated[
-        int | None, typer.Option("--images-seen", help="At which end of training; default: the last one.")
-    ] = None,
-    store: o.Store = None,
-    as_json: o.Json = False,
-) -> None:
-    """Make a bundle of a finished run with a moving average of another length, without training again."""
-    from diffusion_core.bundle import bundle_digest, read_bundle_config
-    from diffusion_core.training import posthoc
-    from diffusion_core.training.run import RunDirectory
-    from flows import find
-
-    uri = posthoc.export(RunDirectory(find.run(run, _place(store))), sigma_rel, images_seen)
-    error = read_bundle_config(uri).ema_error
-    if as_json:
-        print_json({"bundle_uri": uri, "digest": bundle_digest(uri), "ema_error": error})
-        return
-    typer.echo(uri)
-    if error is not None:
-        typer.echo(f"The profile of the average is made with an error of {100 * error:.1f} %.", err=True)
 
 
 def promote(
@@ -76,7 +52,7 @@ def lineage(
     as_json: o.Json = False,
 ) -> None:
     """Say where something comes from: image, shard, set, model version, run, dataset version, source."""
-    from flows.lineage import lineage as trace
+    from diffusion_core.catalog.lineage import lineage as trace
 
     steps = trace(reference, _place(store), image)
     if as_json:
@@ -99,14 +75,14 @@ def reproduce(
     as_json: o.Json = False,
 ) -> None:
     """Make images of a set again (default: its first one) and compare the pixels with what is recorded."""
+    from diffusion_core.catalog import find
+    from diffusion_core.catalog.reproduce import reproduce as make_again
     from diffusion_core.generation.imageset import open_imageset
-    from flows import find
-    from flows import lineage as origins
 
     place = _place(store)
     images = open_imageset(find.image_set(reference, place))
     ids = image or [first for first, _ in images.ranges()[:1]]
-    rows = origins.reproduce(reference, place, ids)
+    rows = make_again(reference, place, ids)
     if as_json:
         print_json(rows)
     for row in rows if not as_json else []:
@@ -121,7 +97,7 @@ def reproduce(
 
 def verify(reference: Reference, store: o.Store = None, as_json: o.Json = False) -> None:
     """Read a set, a dataset version or a bundle again and compare every digest with what is recorded."""
-    from flows.lineage import verify as check
+    from diffusion_core.catalog.verify import verify as check
 
     what, problems = check(reference, _place(store))
     if as_json:
@@ -133,8 +109,12 @@ def verify(reference: Reference, store: o.Store = None, as_json: o.Json = False)
 
 
 def prune(
-    older_than: Annotated[str, typer.Option("--older-than", help="Age from which job files may go, as 24h.")] = "168h",
-    unused: Annotated[bool, typer.Option("--unused", help="Also runs and datasets that nothing came from.")] = False,
+    older_than: Annotated[
+        str, typer.Option("--older-than", help="Age from which things may go, as 30d or 24h.")
+    ] = "7d",
+    unused: Annotated[
+        bool, typer.Option("--unused", help="Also runs, datasets and figures that nothing needs, not only job files.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would go.")] = False,
     store: o.Store = None,
     as_json: o.Json = False,
@@ -142,19 +122,21 @@ def prune(
     """Say what the store could do without, and delete it with --yes."""
     from dataclasses import asdict
 
-    from flows import prune as pruning
-    from flows.settings import seconds
+    from diffusion_core.catalog import prune as pruning
+    from diffusion_core.stages.settings import seconds
 
-    found = pruning.candidates(_place(store), seconds(older_than, "--older-than"), unused)
-    for candidate in found if yes else []:
-        pruning.remove(candidate)
+    place, retention = _place(store), pruning.Retention(seconds(older_than, "--older-than"), unused)
+    rows = pruning.plan(place, retention)
+    found = pruning.apply(place, rows, retention) if yes else [row for row in rows if row.goes]
+    going, kept = [row for row in found if row.goes], [row for row in [*found, *rows] if not row.goes]
     if as_json:
-        print_json({"deleted": yes, "candidates": [asdict(candidate) for candidate in found]})
+        told = {"candidates": going, "kept": kept}
+        print_json({"deleted": yes, **{name: [asdict(row) for row in some] for name, some in told.items()}})
         return
-    for candidate in found:
-        typer.echo(f"{candidate.bytes / 1e6:10.1f} MB  {candidate.uri}  ({candidate.why})")
-    total = sum(candidate.bytes for candidate in found) / 1e6
-    typer.echo(f"{total:10.1f} MB  {'deleted' if yes else 'could go; add --yes to delete'}")
+    for row in going:
+        typer.echo(f"{row.bytes / 1e6:10.1f} MB  {row.kind} {row.uri}  ({row.why})")
+    total = sum(row.bytes for row in going) / 1e6
+    typer.echo(f"{total:10.1f} MB  {'deleted' if yes else 'could go; add --yes to delete'}; {len(kept)} things stay")
 
 
 def list_kind(
@@ -163,23 +145,19 @@ def list_kind(
     as_json: o.Json = False,
 ) -> None:
     """List what a store holds."""
+    from diffusion_core.catalog.listing import KINDS
     from diffusion_core.config import UserError
-    from flows.listing import KINDS
 
     if kind not in KINDS:
         raise UserError(f"list {kind}: there is no such list; accepted are {', '.join(KINDS)}.")
-    from flows.preflight import check_readable
+    from diffusion_core.stages.checks import check_readable
 
     check_readable(_place(store))
     rows = KINDS[kind](_place(store))
     if as_json:
         print_json(rows)
     else:
-        typer.echo(_table(rows) or f"no {kind} in {_place(store)}")
-
-
-def print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+        typer.echo(aligned_rows(rows) or f"no {kind} in {_place(store)}")
 
 
 def _place(store: str | None) -> str:
@@ -197,9 +175,20 @@ def _say_champion(model: str, version: int, as_json: bool) -> None:
         typer.echo(f"models:/{model}@champion is now version {version}")
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
+def aligned_rows(rows: list[dict[str, Any]]) -> str:
+    """Rows of one kind as a table with a head; empty without rows."""
     if not rows:
         return ""
-    lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    lines = [list(rows[0]), *([_shown(name, value) for name, value in row.items()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def _shown(name: str, value: Any) -> str:
+    """A value of a listing, for people."""
+    if name == "bytes":
+        return f"{value / 1e6:.1f} MB"
+    if name == "changed":
+        hours = (time.time() - value) / 3600
+        return f"{hours:.1f} h ago" if hours < 48 else f"{hours / 24:.0f} days ago"
+    return str(value)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pickle
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from diffusion_core.config import UserError
-from diffusion_core.storage import Directory, Entry
+from diffusion_core.store import Directory, Entry
 
 BYTES = bytes(range(256)) * 40
 
@@ -99,6 +100,7 @@ class StorageContract:
         place.write("a", b"one")
         before = next(place.list()).stamp
         assert next(place.list()).stamp == before
+        assert abs(next(place.list()).modified - time.time()) < 60
         place.write("a", b"two")
         assert next(place.list()).stamp != before
 

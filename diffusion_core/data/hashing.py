@@ -16,9 +16,8 @@ from diffusion_core.config import digest
 from diffusion_core.data.config import DatasetConfig
 from diffusion_core.data.sources import Source
 from diffusion_core.data.sources.listing import SourceFile
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
 
-CACHE = "source-hashes.parquet"
 _SCHEMA = pa.schema(
     {"uri": pa.string(), "key": pa.string(), "size": pa.int64(), "stamp": pa.string(), "sha256": pa.string()}
 )
@@ -34,9 +33,9 @@ class HashCache:
 
     def __init__(self, directory: Directory, uri: str) -> None:
         self._directory, self._uri = directory, uri
-        rows = self._table().filter(pc.field("uri") == uri)
-        columns = [rows[name].to_pylist() for name in ("key", "size", "stamp", "sha256")]
-        self._known = {key: (size, stamp, sha256) for key, size, stamp, sha256 in zip(*columns, strict=True)}
+        table = self._table()  # not filtered by pyarrow, which would import pandas where nothing else needs it
+        columns = zip(*(table[name].to_pylist() for name in _SCHEMA.names), strict=True)
+        self._known = {key: (size, stamp, sha256) for its, key, size, stamp, sha256 in columns if its == uri}
 
     def get(self, file: SourceFile) -> str | None:
         size, stamp, sha256 = self._known.get(file.key, (None, None, None))
@@ -59,15 +58,17 @@ class HashCache:
         mine = pa.Table.from_pylist(rows, _SCHEMA)
         sink = io.BytesIO()
         pq.write_table(pa.concat_tables([others, mine]), sink, compression="zstd")
-        self._directory.write(CACHE, sink.getvalue())
+        self._directory.write(layout.SOURCE_HASHES, sink.getvalue())
 
     def _table(self) -> pa.Table:
         try:
-            return pq.read_table(pa.BufferReader(self._directory.read(CACHE)), schema=_SCHEMA)
+            return pq.ParquetFile(pa.BufferReader(self._directory.read(layout.SOURCE_HASHES))).read().cast(_SCHEMA)
         except FileNotFoundError:
             pass
-        except (pa.ArrowException, OSError) as error:
-            log.warning("%s/%s is damaged (%s): the source is hashed again.", self._directory.uri, CACHE, error)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            log.warning(
+                "%s/%s is damaged (%s): the source is hashed again.", self._directory.uri, layout.SOURCE_HASHES, error
+            )
         return _SCHEMA.empty_table()
 
 

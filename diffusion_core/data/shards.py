@@ -21,10 +21,11 @@ import pyarrow.parquet as pq
 
 from diffusion_core.config import UserError, digest
 from diffusion_core.data.config import DatasetConfig
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
+from diffusion_core.store.commit import Damaged, NoRecord, RecordKind, create_or_read, described, read_recorded
 
 SCHEMA_VERSION = 1
-MANIFEST, REJECTED = "manifest.json", "rejected.parquet"
+_RECORD = RecordKind(layout.MANIFEST, "a dataset version", SCHEMA_VERSION)
 SPLITS = ("train", "validation", "test")  # in the order in which they stand in a dataset
 
 Shape = tuple[int, int, int]  # height, width, channels
@@ -125,18 +126,18 @@ class ImageDataset:
 
     def rejected(self) -> list[tuple[str, str]]:
         """(key, reason) of every item of the source that was not taken."""
-        table = pq.read_table(pa.BufferReader(self.directory.read(REJECTED)))
+        table = pq.read_table(pa.BufferReader(self.directory.read(layout.REJECTED)))
         return list(zip(table["key"].to_pylist(), table["reason"].to_pylist(), strict=True))
 
     def verify(self) -> Iterator[tuple[str, str | None]]:
         """Every shard's file name with what is wrong with it, None if its bytes are those of the manifest."""
         for record in self.manifest["shards"]:
             try:
-                found = hashlib.sha256(self.directory.read(record["file"])).hexdigest()
-            except FileNotFoundError:
-                yield record["file"], "is missing"
-                continue
-            yield record["file"], None if found == record["sha256"] else "has other bytes than the manifest says"
+                read_recorded(self.directory, record["file"], record["sha256"])
+            except Damaged as error:
+                yield record["file"], error.problem
+            else:
+                yield record["file"], None
 
     def _empty(self) -> Batch:
         labels = np.zeros(0, np.int64) if self.class_names else None
@@ -151,20 +152,11 @@ def open_dataset(uri: str | Directory) -> ImageDataset:
     """
     directory = uri if isinstance(uri, Directory) else Directory(uri)
     try:
-        manifest = directory.read_json(MANIFEST)
-    except FileNotFoundError:
-        raise UserError(
-            f"{directory.uri} is not a dataset version: there is no {MANIFEST}{_hint(directory)}."
-        ) from None
-    except ValueError as error:
-        raise UserError(f"The dataset {directory.uri} is damaged: {MANIFEST} is not JSON ({error}).") from error
-    if not isinstance(manifest, dict) or "image_shape" not in manifest:
-        raise UserError(f"{directory.uri} is not a dataset version: its {MANIFEST} describes something else.")
-    if manifest["schema_version"] > SCHEMA_VERSION:
-        raise UserError(
-            f"The dataset {directory.uri} has schema version {manifest['schema_version']}, and this release reads "
-            f"versions up to {SCHEMA_VERSION}: use a newer release."
-        )
+        manifest = _RECORD.read(directory)
+    except NoRecord as error:
+        raise UserError(f"{str(error).removesuffix('.')}{_hint(directory)}.") from error
+    if "image_shape" not in manifest:
+        raise UserError(f"{directory.uri} is not a dataset version: its {layout.MANIFEST} describes something else.")
     return ImageDataset(directory, manifest)
 
 
@@ -214,26 +206,21 @@ def decode_shard(data: bytes, with_keys: bool = True) -> Batch:
     )
 
 
-def shard_file(index: int) -> str:
-    return f"shards/part-{index:05d}.parquet"
-
-
 def commit_shard(directory: Directory, index: int, split: str, batch: Batch) -> Record:
     """Store a shard if it is not there, and return the record of what is stored.
 
     Of several writers of one shard the first wins, and all of them record its bytes.
     """
-    data = encode_shard(batch)
-    if not directory.create(shard_file(index), data):
-        data = directory.read(shard_file(index))
+    made = encode_shard(batch)
+    data = create_or_read(directory, layout.dataset_shard(index), made)
+    if data != made:
         batch = decode_shard(data)
     text_bytes = sum(len((text or "").encode()) for text in batch.text or ())
     return {
-        "file": shard_file(index),
+        "file": layout.dataset_shard(index),
         "split": split,
         "rows": len(batch),
-        "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
+        **described(data),
         "memory_bytes": batch.images.nbytes + (8 * len(batch) if batch.labels is not None else 0) + text_bytes,
     }
 
@@ -249,10 +236,8 @@ def commit_dataset(
     **about: Any,
 ) -> ImageDataset:
     """Write `rejected.parquet` and then the manifest, which makes the directory a dataset."""
-    write_rejected(directory, rejected)
     kept = [record for record in shards if record["rows"]]
-    manifest = {
-        "schema_version": SCHEMA_VERSION,
+    fields = {
         "name": directory.uri.rstrip("/").split("/")[-2],
         "version": version,
         "image_shape": list(image_shape),
@@ -265,16 +250,20 @@ def commit_dataset(
             if any(record["split"] == split for record in kept)
         },
         "shards": kept,
-        "rejected": {"file": REJECTED, "rows": len(rejected)},
+        "rejected": {"file": layout.REJECTED, "rows": len(rejected)},
         "has_text": False,
         **about,
     }
-    directory.create_json(MANIFEST, manifest)
+    _RECORD.commit(directory, {layout.REJECTED: _rejected_table(rejected)}, fields)
     return open_dataset(directory)
 
 
 def write_rejected(directory: Directory, rejected: Sequence[tuple[str, str]]) -> None:
-    """Write key and reason of every item that was not taken, sorted by key."""
+    """Write key and reason of every item that was not taken, sorted by key, in place of what was written before."""
+    directory.write(layout.REJECTED, _rejected_table(rejected))
+
+
+def _rejected_table(rejected: Sequence[tuple[str, str]]) -> bytes:
     rows = sorted(rejected)
     table = pa.table(
         {
@@ -284,7 +273,7 @@ def write_rejected(directory: Directory, rejected: Sequence[tuple[str, str]]) ->
     )
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
-    directory.write(REJECTED, sink.getvalue())
+    return sink.getvalue()
 
 
 def write_dataset(
@@ -312,7 +301,7 @@ def write_dataset(
         [SCHEMA_VERSION, rows, list(class_names), {split: _content(batch) for split, batch in splits.items()}]
     )
     root = store if isinstance(store, Directory) else Directory(store)
-    directory = root / f"datasets/{name}/{version}"
+    directory = root / layout.dataset_version(name, version)
     records: list[Record] = []
     for split in SPLITS:
         batch = splits.get(split)
@@ -377,6 +366,6 @@ def _concatenate(parts: list[Batch]) -> Batch:
 def _hint(directory: Directory) -> str:
     """If dataset versions lie below, name one of them."""
     for child in directory.children():
-        if (directory / child).exists(MANIFEST):
+        if (directory / child).exists(layout.MANIFEST):
             return f" (did you mean {directory.uri}/{child}?)"
     return ""

@@ -215,14 +215,14 @@ class GuidanceConfig(Config):
     guide: str | None = execution(
         None,
         min_length=1,
-        description="Autoguidance: bundle URI or models:/name@alias of a weaker model of the same images and process, "
+        description="Autoguidance: name@alias, run or bundle of a weaker model of the same images and process, "
         "as a smaller or less trained one, to guide away from instead of leaving the label out. The digest of that "
         "bundle, not its name, is part of the ids of what it guides.",
     )
     classifier: str | None = execution(
         None,
         min_length=1,
-        description="Classifier guidance: bundle URI or models:/name@alias of a classifier of noisy images, trained "
+        description="Classifier guidance: name@alias, run or bundle of a classifier of noisy images, trained "
         "with network.kind classifier and the same process. Its digest, not its name, is part of the ids of what it "
         "guides.",
     )

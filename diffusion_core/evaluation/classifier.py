@@ -7,7 +7,6 @@ hidden layer. They are comparable only between evaluations that use the same ext
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,10 +21,11 @@ from diffusion_core.data.shards import Batch, ImageDataset
 from diffusion_core.evaluation.config import ClassifierConfig
 from diffusion_core.evaluation.identity import classifier_identity
 from diffusion_core.progress import Progress
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
+from diffusion_core.store.commit import Damaged, RecordKind, create_or_read, read_recorded, sha256
 
+_RECORD = RecordKind(layout.EXTRACTOR, "a feature extractor", 1)
 LARGEST_SIDE = 64  # larger images are averaged down before the network sees them
-_WEIGHTS, _RECORD = "model.safetensors", "extractor.json"
 _GRID = 4  # the last convolutions are averaged over this many cells a side: shape stays, exact place does not
 _BATCH = 256
 _WARM_UP = 0.1  # share of the steps
@@ -107,12 +107,12 @@ def classifier_extractor(dataset: ImageDataset, config: ClassifierConfig) -> Cla
     if min(height, width) < 8:
         raise UserError(f"evaluation.extractor: classifier needs images of at least 8x8 pixels, not {height}x{width}.")
     name = classifier_identity(config, dataset.version)
-    place = dataset.directory / f"extractors/{name}"
+    place = dataset.directory / layout.extractor(name)
     with fixed_threads(config.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         outputs = len(dataset.class_names) or _rotations(dataset.image_shape)
         model = Classifier(dataset.image_shape, outputs, config.width, config.features)
-        if not place.exists(_RECORD):
+        if not place.exists(layout.EXTRACTOR):
             _train(model, dataset, config)
             _keep(place, model, dataset, name)
     _load(model, place)
@@ -122,25 +122,26 @@ def classifier_extractor(dataset: ImageDataset, config: ClassifierConfig) -> Cla
 def _keep(place: Directory, model: Classifier, dataset: ImageDataset, name: str) -> None:
     from safetensors.torch import save
 
-    place.create(_WEIGHTS, save({key: value.contiguous() for key, value in model.state_dict().items()}))
-    stored = place.read(_WEIGHTS)  # of two evaluations at once, both use what the first one stored
-    learned = "classes" if dataset.class_names else "rotations"
-    record = {
-        "schema_version": 1,
+    made = save({key: value.contiguous() for key, value in model.state_dict().items()})
+    stored = create_or_read(place, layout.EXTRACTOR_WEIGHTS, made)  # of two evaluations at once, both use the first's
+    fields = {
         "digest": name,
         "dataset_version": dataset.version,
-        "learned": learned,
-        "sha256": hashlib.sha256(stored).hexdigest(),
+        "learned": "classes" if dataset.class_names else "rotations",
+        "sha256": sha256(stored),
     }
-    place.create_json(_RECORD, record)
+    _RECORD.commit(place, {}, fields)
 
 
 def _load(model: Classifier, place: Directory) -> None:
     from safetensors.torch import load
 
-    data = place.read(_WEIGHTS)
-    if hashlib.sha256(data).hexdigest() != place.read_json(_RECORD)["sha256"]:
-        raise UserError(f"The feature extractor {place.uri} is damaged: delete that folder and it is trained again.")
+    try:
+        data = read_recorded(place, layout.EXTRACTOR_WEIGHTS, _RECORD.read(place)["sha256"])
+    except Damaged as error:
+        raise UserError(
+            f"The feature extractor {place.uri} is damaged: delete that folder and it is trained again."
+        ) from error
     model.load_state_dict(load(data))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
 
 SCHEMA_VERSION = 1
 
@@ -26,7 +26,7 @@ class Shard:
 
     @property
     def key(self) -> str:
-        return f"shards/part-{self.number:05d}"
+        return layout.image_shard(self.number)
 
     @property
     def record_key(self) -> str:
@@ -74,6 +74,7 @@ class Extension:
     first_image_id: int
     count: int
     first_shard: int
+    asked: str | None = None  # who asked for new images and got these; asking again, it gets the same
 
     @property
     def stop(self) -> int:
@@ -81,21 +82,21 @@ class Extension:
 
     @property
     def plan_key(self) -> str:
-        return f"plan-{self.first_image_id}.parquet"
+        return layout.set_plan(self.first_image_id)
 
     @property
     def manifest_key(self) -> str:
         """Exists as soon as every image of the extension is stored."""
-        return f"manifest-{self.stop - 1}.json"
+        return layout.set_manifest(self.stop - 1)
 
     @property
     def index_key(self) -> str:
-        return f"index-{self.stop - 1}.parquet"
+        return layout.set_index(self.stop - 1)
 
     @property
     def closed_key(self) -> str:
         """Exists if the extension was once finished with fewer failed shards than the threshold allows."""
-        return f"closed-{self.stop - 1}.json"
+        return layout.set_closed(self.stop - 1)
 
     def shard_count(self, images_per_shard: int) -> int:
         return (self.stop - 1) // images_per_shard - self.first_image_id // images_per_shard + 1
@@ -141,6 +142,7 @@ def look(
     first_image_id: int | None,
     count: int,
     unfinished: Callable[[Sequence[Extension]], Sequence[Extension]],
+    asked: str | None = None,
 ) -> Range:
     """What a request is about, as the log stands; nothing is written.
 
@@ -151,8 +153,10 @@ def look(
 
     Args:
         unfinished: picks, of the log, the extensions that were left unfinished.
+        asked: who asks for new images. Its first request takes `count` new ids whatever was left unfinished, and every
+            later one is about those, of whatever count.
     """
-    return _look(read_extensions(directory), first_image_id, count, unfinished)
+    return _look(read_extensions(directory), first_image_id, count, unfinished, asked)
 
 
 def extend(
@@ -161,17 +165,19 @@ def extend(
     first_image_id: int | None,
     count: int,
     unfinished: Callable[[Sequence[Extension]], Sequence[Extension]],
+    asked: str | None = None,
 ) -> Range:
     """Make sure that every image id of a request (see `look`) is planned; its range, which has no gaps then."""
     while True:
         log = read_extensions(directory)
-        wanted = _look(log, first_image_id, count, unfinished)
+        wanted = _look(log, first_image_id, count, unfinished, asked)
         if not wanted.gaps:
             return wanted
         (first, stop), *_ = wanted.gaps
         first_shard = log[-1].first_shard + log[-1].shard_count(images_per_shard) if log else 0
-        new = Extension(len(log), first, stop - first, first_shard)
-        if directory.create_json(_log_key(new.number), {"schema_version": SCHEMA_VERSION, **asdict(new)}):
+        new = Extension(len(log), first, stop - first, first_shard, asked)
+        fields = {name: value for name, value in asdict(new).items() if value is not None}
+        if directory.create_json(layout.extension(new.number), {"schema_version": SCHEMA_VERSION, **fields}):
             first_image_id = wanted.first  # settled; had another job been faster, it would be open again
 
 
@@ -195,23 +201,23 @@ def _look(
     first: int | None,
     count: int,
     unfinished: Callable[[Sequence[Extension]], Sequence[Extension]],
+    asked: str | None,
 ) -> Range:
     left = None
-    if first is None:
+    if first is None and asked is None:
         left = next((item for item in unfinished(log) if item.count == count), None)
+    elif first is None and (own := next((item for item in log if item.asked == asked), None)):
+        first, count = own.first_image_id, own.count
+    if first is None:
         first = left.first_image_id if left else max((item.stop for item in log), default=0)
     stop = first + count
     touched = [item for item in log if item.first_image_id < stop and first < item.stop]
     return Range(first, stop, touched, list(uncovered(log, first, stop)), left is not None)
 
 
-def _log_key(number: int) -> str:
-    return f"extensions/{number:05d}.json"
-
-
 def _read_extension(directory: Directory, number: int) -> Extension | None:
     try:
-        fields: dict[str, Any] = directory.read_json(_log_key(number))
+        fields: dict[str, Any] = directory.read_json(layout.extension(number))
     except FileNotFoundError:
         return None
-    return Extension(**{name: fields[name] for name in Extension.__dataclass_fields__})
+    return Extension(**{name: fields[name] for name in Extension.__dataclass_fields__ if name in fields})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,31 +9,28 @@ import numpy as np
 
 from diffusion_core.generation.formats import ShardContent, data_digest, data_keys, decode, pixel_digest
 from diffusion_core.generation.imageset import ImageSet
-from diffusion_core.generation.plan import Extension, Shard, read_extensions
-from diffusion_core.patience import StoreUnavailable
+from diffusion_core.generation.plan import Shard, read_extensions
+from diffusion_core.store.commit import Damaged, read_recorded
+from diffusion_core.store.patience import StoreUnavailable
 
 
 def verify(images: ImageSet) -> Iterator[str]:
-    """One sentence per difference between what is stored and what is recorded."""
+    """One sentence, naming the image or shard, per difference between what is stored and what is recorded."""
     for extension in read_extensions(images.directory):
         manifest = None
         if images.directory.exists(extension.manifest_key):
             manifest = images.directory.read_json(extension.manifest_key)
-            yield from _tables(images, extension, manifest)
+            yield from _tables(images, manifest)
         for n, shard in enumerate(extension.shards(images.generation.images_per_shard)):
             yield from _shard(images, shard, manifest["shards"][n] if manifest else None)
 
 
-def _tables(images: ImageSet, extension: Extension, manifest: dict[str, Any]) -> Iterator[str]:
+def _tables(images: ImageSet, manifest: dict[str, Any]) -> Iterator[str]:
     for name in ("plan", "index"):
-        key, expected = manifest[name]["key"], manifest[name]["sha256"]
         try:
-            found = hashlib.sha256(images.directory.read(key)).hexdigest()
-        except FileNotFoundError:
-            yield f"{key} is missing."
-            continue
-        if found != expected:
-            yield f"{key} differs from what {extension.manifest_key} records."
+            read_recorded(images.directory, manifest[name]["key"], manifest[name]["sha256"])
+        except Damaged as error:
+            yield f"{error}."
 
 
 def _shard(images: ImageSet, shard: Shard, in_manifest: dict[str, Any] | None) -> Iterator[str]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 from diffusion_core import progress, traffic
-from diffusion_core.jobs.requests import Account
+from diffusion_core.jobs.request import Account
 from diffusion_core.progress import ProgressEvent
 from diffusion_core.traffic import Traffic
 

@@ -28,13 +28,13 @@ from diffusion_core.jobs.log import LOG, KeptLog
 from diffusion_core.jobs.orphans import close_record
 from diffusion_core.jobs.protocol import ERROR, EXIT_USER_ERROR, RESULT
 from diffusion_core.jobs.ray_jobs import RayJob, jobs_address
-from diffusion_core.jobs.requests import Request, Result
+from diffusion_core.jobs.request import Request, Result
 from diffusion_core.jobs.running import Running
 from diffusion_core.jobs.transport import Handle, JobFailed, program
-from diffusion_core.patience import EXIT_STORE_AWAY, StoreUnavailable
 from diffusion_core.processes import this_process
 from diffusion_core.progress import ProgressEvent, parse_progress
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
+from diffusion_core.store.patience import EXIT_STORE_AWAY, StoreUnavailable
 
 ResultT = TypeVar("ResultT", bound=Result)
 
@@ -87,9 +87,9 @@ def run_job(
     """
     request = request.model_copy(update={"store": Directory(request.store).uri})  # no relative path: jobs run elsewhere
     job_id = f"{stage}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
-    place = Directory(request.store) / f"jobs/{job_id}"
+    place = Directory(request.store) / layout.job(job_id)
     job = JobLog(job_id=job_id, uri=place.uri)
-    place.write("request.json", request.model_dump_json(indent=2).encode())
+    place.write(layout.REQUEST, request.model_dump_json(indent=2).encode())
     if on_start:
         on_start(job)
     running = Running(waiter=this_process(), api=jobs_address() if backend.kind is BackendKind.jobs else None)
@@ -140,7 +140,7 @@ def _outcome(stage: str, place: Directory, status: int, lines: list[str], result
 
 
 def _start(stage: str, job: JobLog, backend: BackendConfig) -> Handle:
-    arguments = program(stage, f"{job.uri}/request.json")
+    arguments = program(stage, f"{job.uri}/{layout.REQUEST}")
     if backend.kind is BackendKind.local:
         return LocalJob([sys.executable, *arguments])
     return RayJob(shlex.join(["python", *arguments]), job.job_id)

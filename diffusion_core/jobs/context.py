@@ -6,10 +6,10 @@ import logging
 from dataclasses import dataclass, field
 
 from diffusion_core.config import UserError
-from diffusion_core.patience import StoreUnavailable, patience
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
+from diffusion_core.store.patience import StoreUnavailable, patience
 
-IDS = "ids.json"
+IDS = layout.IDS
 _PATIENCE_S = 5.0
 
 logger = logging.getLogger(__name__)

@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 from diffusion_core.config import UserError
 from diffusion_core.jobs.running import RUNNING, Running
-from diffusion_core.patience import StoreUnavailable, patience
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
+from diffusion_core.store.patience import StoreUnavailable, patience
 
-LOG = "log.txt"
+LOG = layout.LOG
 LINES_KEPT = 5_000
 EVERY_S = 10.0
 

@@ -18,9 +18,9 @@ from diffusion_core.jobs import running
 from diffusion_core.jobs.context import IDS
 from diffusion_core.jobs.running import RUNNING, Running
 from diffusion_core.jobs.transport import GRACE_S, JobFailed
-from diffusion_core.patience import patience
 from diffusion_core.processes import is_gone
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
+from diffusion_core.store.patience import patience
 
 _POLL_S = 0.2
 _PATIENCE_S = 5.0  # of a job that has ended: somebody waits for the end

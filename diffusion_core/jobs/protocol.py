@@ -1,6 +1,6 @@
 """A job is a program: it reads a typed request, writes `result.json` beside it, and exits 0 or says why not.
 
-The same entry serves every backend: `python -m diffusion_core.jobs.<stage> <request URI>`.
+The same entry serves every backend: `python -m diffusion_core.stages <stage> <request URI>`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from pydantic import ValidationError
 from diffusion_core.config import UserError, explain
 from diffusion_core.jobs import context, lines
 from diffusion_core.jobs.account import open_account
-from diffusion_core.jobs.requests import Request, Result
+from diffusion_core.jobs.request import Request, Result
 from diffusion_core.jobs.running import end_without_waiter
-from diffusion_core.patience import EXIT_STORE_AWAY, StoreUnavailable
-from diffusion_core.storage import Directory, StoreFull
+from diffusion_core.store import Directory, StoreFull, layout
+from diffusion_core.store.patience import EXIT_STORE_AWAY, StoreUnavailable
 
 RequestT = TypeVar("RequestT", bound=Request)
 
 EXIT_USER_ERROR = 2
-RESULT, ERROR = "result.json", "error.json"
+RESULT, ERROR = layout.RESULT, layout.ERROR
 _SIGNALS = {
     signal.SIGTERM: signal.SIGTERM,
     128 + signal.SIGTERM: signal.SIGTERM,
@@ -32,16 +32,13 @@ _SIGNALS = {
 }  # by what a job leaves with after a signal
 
 
-def main(stage: str, request_type: type[RequestT], run: Callable[[RequestT], Result]) -> int:
-    """Run one job from the command line.
+def main(stage: str, request_type: type[RequestT], run: Callable[[RequestT], Result], request_uri: str) -> int:
+    """Run one job: of the request at this URI, which may be a path.
 
     Exit status: 0, 2 if the user can mend it, 75 if the store was away for too long, 130 after SIGINT, 143 after
     SIGTERM, each with one sentence; a defect ends in its traceback.
     """
-    if len(sys.argv) != 2:
-        print(f"usage: python -m diffusion_core.jobs.{stage} <request URI>", file=sys.stderr)
-        return EXIT_USER_ERROR
-    parent, _, name = sys.argv[1].rpartition("/")
+    parent, _, name = request_uri.rpartition("/")
     place = Directory(parent or ".")
     context.begin(stage, place)
     try:

@@ -17,11 +17,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from diffusion_core.config import UserError
-from diffusion_core.patience import StoreUnavailable, patience
 from diffusion_core.processes import is_gone
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
+from diffusion_core.store.patience import StoreUnavailable, patience
 
-RUNNING = "running.json"
+RUNNING = layout.RUNNING
 SILENCE_S = 75.0
 LOOK_S = 5.0
 

@@ -40,4 +40,4 @@ def wrong_token(cluster: str) -> str:
 
 def program(stage: str, request_uri: str) -> list[str]:
     """Arguments of the interpreter that runs the job of a stage, on every transport."""
-    return ["-m", f"diffusion_core.jobs.{stage}", request_uri]
+    return ["-m", "diffusion_core.stages", stage, request_uri]

@@ -7,7 +7,6 @@ one whose files do not have the digests of the record is damaged. Neither is eve
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +15,12 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
+from diffusion_core.store.commit import Damaged, NoRecord, RecordKind, described, read_recorded
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
-RECORD = "record.json"
+_RECORD = RecordKind(layout.CHECKPOINT, "a checkpoint", 1)
 Tensors = dict[str, Tensor]
 
 
@@ -41,7 +40,7 @@ class DamagedError(Exception):
 def save_checkpoint(place: Directory, checkpoint: Checkpoint) -> None:
     """Commit a checkpoint below `place`. One that is there already and sound is left; a damaged one is replaced."""
     here = place / str(checkpoint.images_seen)
-    if here.exists(RECORD):
+    if here.exists(layout.CHECKPOINT):
         try:
             read_checkpoint(place, checkpoint.images_seen)
             return
@@ -51,17 +50,11 @@ def save_checkpoint(place: Directory, checkpoint: Checkpoint) -> None:
     files = {}
     for name, tensors in checkpoint.parts.items():
         data = safetensors.torch.save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
-        sha256 = hashlib.sha256(data).hexdigest()
-        key = f"{name}-{sha256[:8]}.safetensors"
-        here.create(key, data)
-        files[name] = {"file": key, "bytes": len(data), "sha256": sha256}
-    record = {
-        "schema_version": SCHEMA_VERSION,
-        "images_seen": checkpoint.images_seen,
-        "files": files,
-        "meta": checkpoint.meta,
-    }
-    here.create_json(RECORD, record)
+        about = described(data)
+        key = layout.tensors(name, about["sha256"])
+        here.create(key, data)  # one after the other: together they are several times the model
+        files[name] = {"file": key, **about}
+    _RECORD.commit(here, {}, {"images_seen": checkpoint.images_seen, "files": files, "meta": checkpoint.meta})
 
 
 def load_newest(place: Directory) -> Checkpoint | None:
@@ -80,7 +73,7 @@ def load_newest(place: Directory) -> Checkpoint | None:
 def checkpoints(place: Directory) -> list[int]:
     """images_seen of every committed checkpoint, ascending; whether they are sound is not looked at."""
     numbers = sorted(int(name) for name in place.children() if name.isdigit())
-    return [number for number in numbers if place.exists(f"{number}/{RECORD}")]
+    return [number for number in numbers if place.exists(f"{number}/{layout.CHECKPOINT}")]
 
 
 def prune_checkpoints(place: Directory, keep: int, newest: int) -> None:
@@ -98,7 +91,7 @@ def prune_checkpoints(place: Directory, keep: int, newest: int) -> None:
 
 def delete_checkpoint(here: Directory) -> None:
     """Delete a checkpoint, given its own directory."""
-    here.delete(RECORD)  # first, so that a deletion that is cut short never looks like damage
+    here.delete(layout.CHECKPOINT)  # first, so that a deletion that is cut short never looks like damage
     here.delete_tree()
 
 
@@ -106,15 +99,12 @@ def read_checkpoint(place: Directory, images_seen: int) -> Checkpoint:
     """One checkpoint; `DamagedError` if its files are not those that its record names, or there is none."""
     here = place / str(images_seen)
     try:
-        record = here.read_json(RECORD)
+        record = _RECORD.read(here)
         parts = {name: _tensors(here, file) for name, file in record["files"].items()}
         return Checkpoint(int(record["images_seen"]), parts, record["meta"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (NoRecord, Damaged, KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
         raise DamagedError(f"The checkpoint {here.uri} is damaged ({error}).") from error
 
 
 def _tensors(here: Directory, file: dict[str, Any]) -> Tensors:
-    data = here.read(file["file"])
-    if hashlib.sha256(data).hexdigest() != file["sha256"]:
-        raise ValueError(f"{file['file']} has other bytes than {RECORD} says")
-    return safetensors.torch.load(data)
+    return safetensors.torch.load(read_recorded(here, file["file"], file["sha256"]))

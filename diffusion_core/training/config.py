@@ -77,7 +77,7 @@ class TrainingConfig(Config):
     init_from: str | None = execution(
         None,
         min_length=1,
-        description="Bundle URI or models:/name@alias whose weights training starts from. The digest of that bundle,"
+        description="Model (name@alias, run or bundle) whose weights training starts from. The digest of its bundle,"
         " not its name, is part of the run's id.",
     )
 

@@ -21,17 +21,13 @@ from diffusion_core.data.config import DatasetConfig, SourceConfig, SourceKind
 from diffusion_core.jobs import backend, orphans, ray_jobs
 from diffusion_core.jobs.backend import BackendConfig, BackendKind, JobLog, run_job
 from diffusion_core.jobs.cluster.metrics import Counter, Gauge
-from diffusion_core.jobs.requests import (
-    GenerateRequest,
-    GenerateResult,
-    Resources,
-    ShardRequest,
-    ShardResult,
-)
+from diffusion_core.jobs.request import Resources
 from diffusion_core.jobs.transport import JobFailed
 from diffusion_core.progress import ProgressEvent
-from diffusion_core.storage import Directory
-from flows.preflight import check_services
+from diffusion_core.stages.checks import check_services
+from diffusion_core.stages.generate import GenerateRequest, GenerateResult
+from diffusion_core.stages.shard import ShardRequest, ShardResult
+from diffusion_core.store import Directory
 from tests.conftest import HOME
 from tests.process_tree import family, kill, listening
 
@@ -42,7 +38,7 @@ import sys
 from diffusion_core.jobs import protocol
 from diffusion_core.jobs.cluster.rows import on_cluster
 from diffusion_core.jobs.cluster.session import ray_session
-from diffusion_core.jobs.requests import ShardRequest
+from diffusion_core.stages.shard import ShardRequest
 
 def slow(row):
     import time
@@ -53,7 +49,7 @@ def run(request):
         for place, _ in on_cluster(slow, list(range(600)), request.resources):
             print("row", place, flush=True)
 
-sys.exit(protocol.main("shard", ShardRequest, run))
+sys.exit(protocol.main("shard", ShardRequest, run, sys.argv[1]))
 """
 
 
@@ -234,7 +230,7 @@ def test_a_job_whose_waiter_was_killed_is_stopped(jobs_api: Head, store: str) ->
 WAITER = """
 import sys
 from diffusion_core.jobs import backend
-from diffusion_core.jobs.requests import ShardRequest, ShardResult
+from diffusion_core.stages.shard import ShardRequest, ShardResult
 
 backend.program = lambda stage, request_uri: ["-c", sys.argv[1], request_uri]
 request = ShardRequest.model_validate_json(sys.argv[2])

@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 
 from diffusion_core.config import UserError
-from diffusion_core.storage import Directory
-from diffusion_core.training.checkpoint import RECORD
-from flows.settings import load_config
+from diffusion_core.stages.settings import load_config
+from diffusion_core.store import Directory
+from diffusion_core.store.layout import CHECKPOINT
 from tests.tiny_pipeline import COUNT, SETTINGS
 
 
@@ -83,7 +83,8 @@ def test_a_picture_answers_for_itself(first: Any, store: str, capsys: pytest.Cap
     assert by_name["dataset version"]["id"] == first.dataset.version
     assert by_name["source"]["id"] == "digits"
     for reference, start in (
-        ("models:/digits@champion", "model version"),
+        ("digits@champion", "model version"),
+        (f"digits@{first.dataset.version[:6]}", "dataset version"),
         (first.run.run_id, "bundle"),
         (first.dataset.uri, "dataset version"),
     ):
@@ -133,13 +134,14 @@ def test_the_store_lists_what_it_has(first: Any, store: str, capsys: pytest.Capt
     assert [row["images"] for row in found["imagesets"] if row["for"] == "evaluation"] == [32]
     assert first.run.run_id in [row["run"] for row in found["runs"]]
     assert main(["prune", "--unused", "--older-than", "0s", "--store", store, "--json"]) == 0
-    going = [candidate["uri"] for candidate in json.loads(capsys.readouterr().out)["candidates"]]
-    assert going and all("/jobs/" in uri for uri in going)
+    going = {candidate["kind"] for candidate in json.loads(capsys.readouterr().out)["candidates"]}
+    assert "job" in going and going <= {"job", "lease"}
 
 
 def test_a_users_mistake_is_not_tried_again(prefect_server: None, store: str, tmp_path: Path) -> None:
     """A file that only the job finds to be wrong fails the flow at once, with the job's sentence."""
-    from flows.pipeline import shard_dataset
+    from diffusion_core.stages.shard import ShardRequest
+    from flows.stages import FLOWS
 
     for number in range(4):
         (tmp_path / f"{number}.png").write_bytes(b"no picture")
@@ -147,7 +149,7 @@ def test_a_users_mistake_is_not_tried_again(prefect_server: None, store: str, tm
         shortcuts={"name": "broken", "source.uri": str(tmp_path), "dataset.image_size": 8, "store": store}
     )
     with pytest.raises(UserError, match="reject"):
-        shard_dataset(config.shard_request(), config.backend)
+        FLOWS["shard"](ShardRequest.of(config), config.backend)
     jobs = Directory(store) / "jobs"
     requests = [(jobs / name).read_json("request.json") for name in jobs.children() if name.startswith("shard-")]
     assert [request["dataset"]["name"] for request in requests].count("broken") == 1
@@ -209,7 +211,7 @@ def _checkpoints(store: str, besides: set[str]) -> list[int]:
     found = []
     for entry in (Directory(store) / "runs").list():
         run, _, rest = entry.key.partition("/")
-        if run not in besides and rest.startswith("checkpoints/") and rest.endswith(RECORD):
+        if run not in besides and rest.startswith("checkpoints/") and rest.endswith(CHECKPOINT):
             found.append(int(rest.split("/")[1]))
     return found
 
@@ -226,10 +228,9 @@ def test_prune_takes_what_nothing_came_from_and_nothing_else(
     told = json.loads(capsys.readouterr().out)
     assert not told["deleted"] and set((Directory(store) / "runs").children()) == runs
     assert main(["prune", *options, "--yes"]) == 0
-    deleted = [item["uri"] for item in json.loads(capsys.readouterr().out)["candidates"]]
-    assert [uri for uri in deleted if "/jobs/" not in uri] == [
-        f"{store}/runs/{run}" for run in runs - {first.run.run_id}
-    ]
-    assert (Directory(store) / "jobs").children() == []
+    deleted = json.loads(capsys.readouterr().out)["candidates"]
+    gone = {item["uri"] for item in deleted if item["kind"] not in ("job", "lease")}
+    assert gone == {f"{store}/runs/{run}" for run in runs - {first.run.run_id}}
+    assert (Directory(store) / "jobs").children() == [] and not list((Directory(store) / "leases").list())
     for reference in (first.images.set_id, first.dataset.uri, first.run.bundle_uri):
         assert main(["verify", reference, "--store", store]) == 0

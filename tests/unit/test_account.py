@@ -11,9 +11,9 @@ from diffusion_core import progress, traffic
 from diffusion_core.jobs import account
 from diffusion_core.jobs.account import Usage, measured
 from diffusion_core.jobs.cluster import metrics
-from diffusion_core.jobs.requests import ShardResult
 from diffusion_core.progress import Progress
-from diffusion_core.storage import Directory
+from diffusion_core.stages.shard import ShardResult
+from diffusion_core.store import Directory
 from diffusion_core.traffic import Traffic
 
 

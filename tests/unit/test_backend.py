@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 
+from diffusion_core.catalog import prune
 from diffusion_core.config import UserError
 from diffusion_core.jobs import local
 from diffusion_core.jobs.backend import BackendConfig, BackendKind, run_job
 from diffusion_core.jobs.local import LocalJob
-from diffusion_core.jobs.requests import GenerateRequest, GenerateResult
 from diffusion_core.jobs.transport import JobFailed
-from diffusion_core.patience import StoreUnavailable
 from diffusion_core.progress import ProgressEvent
-from diffusion_core.storage import Directory
-from flows import prune
+from diffusion_core.stages.generate import GenerateRequest, GenerateResult
+from diffusion_core.store import Directory
+from diffusion_core.store.patience import StoreUnavailable
 
 REQUEST = {"model": "models:/digits@champion"}
 RESULT = GenerateResult(
@@ -78,7 +78,7 @@ def test_the_request_goes_out_and_progress_lines_and_the_result_come_back(run_pr
     result = run_program(
         f"""
         import pathlib, sys
-        from diffusion_core.jobs.requests import GenerateRequest
+        from diffusion_core.stages.generate import GenerateRequest
         from diffusion_core.progress import Progress
         request = pathlib.Path(sys.argv[1])
         assert GenerateRequest.model_validate_json(request.read_text()).model == "{REQUEST["model"]}"
@@ -114,8 +114,8 @@ def test_a_full_store_keeps_its_sentence_though_it_takes_no_file(run_program):
     text = """
         import errno, os, sys
         from diffusion_core.jobs import protocol
-        from diffusion_core.jobs.requests import GenerateRequest
-        from diffusion_core.storage import Directory
+        from diffusion_core.stages.generate import GenerateRequest
+        from diffusion_core.store import Directory
 
         def full(*_):
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -124,7 +124,7 @@ def test_a_full_store_keeps_its_sentence_though_it_takes_no_file(run_program):
             os.replace = os.link = full
             Directory(request.store).write("images", b"")
 
-        sys.exit(protocol.main("generate", GenerateRequest, run))
+        sys.exit(protocol.main("generate", GenerateRequest, run, sys.argv[1]))
         """
     with pytest.raises(UserError, match=r"^/.*/store/images cannot be used: the disk is full\.$"):
         run_program(text)
@@ -143,14 +143,18 @@ def test_a_store_that_was_away_for_the_job_is_one_sentence_and_no_mistake_of_the
             """
             import sys
             from diffusion_core.jobs import protocol
-            from diffusion_core.jobs.requests import GenerateRequest
-            from diffusion_core.patience import StoreUnavailable
+            from diffusion_core.stages.generate import GenerateRequest
+            from diffusion_core.store.patience import StoreUnavailable
             def run(request):
                 print("generate: hello", flush=True)
                 raise StoreUnavailable("The store s3://b cannot be reached: x answered 503.")
-            sys.exit(protocol.main("generate", GenerateRequest, run))
+            sys.exit(protocol.main("generate", GenerateRequest, run, sys.argv[1]))
             """
         )
+
+
+def _ended(store: str) -> list[prune.Row]:
+    return [row for row in prune.plan(store, prune.Retention(older_than_s=-1)) if row.goes]
 
 
 def test_the_log_is_in_the_store_while_the_job_runs(run_program, store: str, monkeypatch: pytest.MonkeyPatch):
@@ -162,12 +166,12 @@ def test_the_log_is_in_the_store_while_the_job_runs(run_program, store: str, mon
         (name,) = (Directory(store) / "jobs").children()
         job = Directory(f"{store}/jobs/{name}")
         wait_until(lambda: job.exists("log.txt") and f"{line}\n".encode() in job.read("log.txt"))
-        seen.append(job.exists("running.json") and not list(prune.candidates(store, -1, unused=False)))
+        seen.append(job.exists("running.json") and not _ended(store))
 
     with pytest.raises(JobFailed):
         run_program("import sys; print('one', flush=True); print('two', flush=True); sys.exit(3)", on_line=look)
     assert seen == [True, True]
-    (ended,) = prune.candidates(store, -1, unused=False)
+    (ended,) = _ended(store)
     assert not Directory(ended.uri).exists("running.json")
 
 
@@ -176,11 +180,11 @@ def test_a_signal_ends_a_bare_job_with_one_sentence(tmp_path: Path, signum: int,
     job = """
         import sys, time
         from diffusion_core.jobs import protocol
-        from diffusion_core.jobs.requests import GenerateRequest
+        from diffusion_core.stages.generate import GenerateRequest
         def run(request):
             print("running", flush=True)
             time.sleep(60)
-        sys.exit(protocol.main("generate", GenerateRequest, run))
+        sys.exit(protocol.main("generate", GenerateRequest, run, sys.argv[1]))
     """
     (tmp_path / "request.json").write_text(GenerateRequest(store=str(tmp_path), **REQUEST).model_dump_json())
     command = [*program(job), str(tmp_path / "request.json")]
@@ -244,7 +248,7 @@ def test_a_signal_to_the_one_who_waits_reaches_the_job(signum: int, tmp_path: Pa
     waiter = f"""
         import signal, sys
         from diffusion_core.jobs import backend
-        from diffusion_core.jobs.requests import GenerateRequest, GenerateResult
+        from diffusion_core.stages.generate import GenerateRequest, GenerateResult
         start = backend.LocalJob.__init__
         backend.LocalJob.__init__ = lambda self, command: start(self, {program(job)!r})
         signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(143))

@@ -1,7 +1,8 @@
-"""The README's section "Extend it", done to a copy of the library as it stands there: a file, and a line."""
+"""The README's section "Extend it", done to a copy of the project as it stands there: each time a file, and a line."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -9,10 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from diffusion_core.data.shards import Batch, write_dataset
+
 ROOT = Path(__file__).resolve().parents[2]
-LONGEST = 20  # the section takes fewer lines
+LONGEST = 20  # lines of code, which each takes fewer of
 
 USE_IT = """
 import torch
@@ -34,21 +38,27 @@ print(SamplerConfig(kind="dpmpp_2s").kind.explanation)
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the library with what the README says."""
+    """A copy of the project with what the README says."""
     copy = tmp_path_factory.mktemp("extended")
-    shutil.copytree(ROOT / "diffusion_core", copy / "diffusion_core", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("diffusion_core", "flows"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     section = re.search(r"^## Extend it\n(.*?)^## ", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     assert section is not None
-    new_file, line = re.findall(r"```python\n(.*?)```", section[1], re.DOTALL)
-    assert len(new_file.splitlines()) + len(line.splitlines()) < LONGEST
+    sampler, kind, stage, entry = re.findall(r"```python\n(.*?)```", section[1], re.DOTALL)
+    _add(copy, sampler, kind, "diffusion_core/diffusion/kinds.py", before="\n\nclass Spacing(Choice):")
+    _add(copy, stage, entry, "diffusion_core/stages/registry.py", before=")\n\nSTAGES = ")
+    return copy
+
+
+def _add(copy: Path, new_file: str, line: str, registry: str, before: str) -> None:
+    code = [each for each in (new_file + line).splitlines() if each and not each.startswith("#")]
+    assert len(code) < LONGEST
     place = copy / new_file.splitlines()[0].removeprefix("# ")
     assert not place.exists()
     place.write_text(new_file)
-    kinds = copy / "diffusion_core/diffusion/kinds.py"
-    before, after = kinds.read_text().split("\n\n\nclass Spacing(Choice):")
-    assert "class SamplerKind" in before
-    kinds.write_text(f"{before}\n{line}\n\nclass Spacing(Choice):{after}")
-    return copy
+    text = (copy / registry).read_text()
+    assert text.count(before) == 1
+    (copy / registry).write_text(text.replace(before, f"{line}{before}"))
 
 
 def run(copy: Path, *command: str) -> subprocess.CompletedProcess[str]:
@@ -69,3 +79,30 @@ def test_the_command_knows_the_new_sampler(extended: Path) -> None:
     chosen = ["--preset", "digits", "--set", "generation.sampler.kind=dpmpp_2s"]
     accepted = run(extended, "-m", "flows.cli", "config", "show", *chosen)
     assert "kind: dpmpp_2s" in accepted.stdout, accepted.stderr
+
+
+ASK_PREFECT = """
+import sys
+from flows.deploy import deployments
+from flows.stages import FLOWS
+
+assert FLOWS["census"].name == "take-census"
+made = next(each for each in deployments(sys.argv[1]) if each.flow_name == "take-census")
+print(made.name, *made._parameter_openapi_schema.definitions["CensusRequest"]["properties"])
+"""
+
+
+def test_a_new_stage_is_one_file_and_one_line(extended: Path, tmp_path: Path) -> None:
+    """It is a verb, the program of a job, a flow, and a deployment with a form."""
+    verbs = run(extended, "-m", "flows.cli", "--help")
+    assert "census            Count the images of a dataset version." in verbs.stdout, verbs.stderr
+    assert "--dataset" in run(extended, "-m", "flows.cli", "census", "--help").stdout
+
+    dataset = write_dataset(str(tmp_path), "tiny", {"train": Batch(np.zeros((3, 4, 4, 1), np.uint8))})
+    (tmp_path / "request.json").write_text(json.dumps({"store": str(tmp_path), "dataset_uri": dataset.uri}))
+    done = run(extended, "-m", "diffusion_core.stages", "census", str(tmp_path / "request.json"))
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "result.json").read_text())["images"] == 3
+
+    shown = run(extended, "-c", ASK_PREFECT, str(tmp_path))
+    assert shown.stdout == "take-census store resources asked_by dataset_uri\n", shown.stderr

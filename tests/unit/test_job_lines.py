@@ -13,18 +13,18 @@ import pytest
 from diffusion_core.jobs.backend import BackendConfig, run_job
 from diffusion_core.jobs.lines import plain
 from diffusion_core.jobs.local import LocalJob
-from diffusion_core.jobs.requests import GenerateRequest, GenerateResult
 from diffusion_core.jobs.transport import JobFailed
-from diffusion_core.patience import StoreUnavailable
 from diffusion_core.progress import ProgressEvent
-from diffusion_core.storage import Directory
+from diffusion_core.stages.generate import GenerateRequest, GenerateResult
+from diffusion_core.store import Directory
+from diffusion_core.store.patience import StoreUnavailable
 
 JOB = """
     import logging, sys
     from diffusion_core.jobs import protocol
     from diffusion_core.jobs.context import about
-    from diffusion_core.jobs.requests import GenerateRequest
-    from diffusion_core.patience import StoreUnavailable
+    from diffusion_core.stages.generate import GenerateRequest
+    from diffusion_core.store.patience import StoreUnavailable
     from diffusion_core.progress import Progress
     def run(request):
         print("(pid=7) a line of a worker")
@@ -33,7 +33,7 @@ JOB = """
         with Progress("generate", 2) as progress:
             progress.advance(2)
         {end}
-    sys.exit(protocol.main("generate", GenerateRequest, run))
+    sys.exit(protocol.main("generate", GenerateRequest, run, sys.argv[1]))
 """
 
 
@@ -81,7 +81,7 @@ def test_a_sentence_is_heard_through_it(store: str, monkeypatch: pytest.MonkeyPa
 
 def test_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIFFUSION_LOG_FORMAT", "xml")
-    command = [sys.executable, "-m", "diffusion_core.jobs.generate", str(tmp_path / "request.json")]
+    command = [sys.executable, "-m", "diffusion_core.stages", "generate", str(tmp_path / "request.json")]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (
         2,

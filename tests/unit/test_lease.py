@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from diffusion_core.lease import Held, Lease, acquire, claim
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
+from diffusion_core.store.lease import Held, Lease, acquire, claim, seems_held
 
 ELSEWHERE = {"host": "another machine", "pid": 1, "started": "1"}
 
@@ -56,7 +56,7 @@ def test_the_first_outcome_stays(place):
 
 def test_a_killed_process_on_this_machine_is_followed_at_once(place):
     code = (
-        "import sys, time; from diffusion_core.lease import claim; from diffusion_core.storage import Directory\n"
+        "import sys, time; from diffusion_core.store.lease import claim; from diffusion_core.store import Directory\n"
         "claim(Directory(sys.argv[1]), {}); print('claimed', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, place.uri], stdout=subprocess.PIPE, text=True)
@@ -123,7 +123,7 @@ def test_a_stale_listing_does_not_make_two_holders(place, monkeypatch):
     first = claim(place, {})
     first.end()
     second = claim(place, {})
-    monkeypatch.setattr("diffusion_core.lease._newest", lambda directory: 1)
+    monkeypatch.setattr("diffusion_core.store.lease._newest", lambda directory: 1)
     held = claim(place, {})
     assert isinstance(held, Held) and held.number == 2
     second.end()
@@ -175,3 +175,16 @@ def test_claims_are_readable_json(place):
     claim(place, {"job": "x"}).end()
     owner = json.loads(place.read("1.json"))
     assert owner["job"] == "x" and owner["pid"] > 0 and owner["host"]
+
+
+def test_who_does_not_listen_judges_by_the_process_if_it_is_here_and_else_by_the_last_sign(place):
+    assert not seems_held(place, 3600)
+    with claim(place, {}):
+        assert seems_held(place, 0)
+    assert not seems_held(place, 3600)
+    place.write_json("2.json", ELSEWHERE)
+    assert seems_held(place, 3600) and not seems_held(place, 0)
+    place.write_json("2.end.json", {"outcome": "ok"})
+    assert not seems_held(place, 3600)
+    place.write_json("3.json", {**ELSEWHERE, "host": place.read_json("1.json")["host"]})
+    assert not seems_held(place, 3600), "that process is gone"

@@ -15,7 +15,7 @@ from diffusion_core.jobs.context import IDS
 from diffusion_core.jobs.running import RUNNING, Running
 from diffusion_core.jobs.transport import JobFailed
 from diffusion_core.processes import is_gone, named, this_process
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from diffusion_core.tracking import RunRecorder
 from diffusion_core.tracking.connection import client
 

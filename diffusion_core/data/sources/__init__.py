@@ -22,8 +22,8 @@ _SOURCES: dict[SourceKind, type[Source]] = {
 }
 
 
-def open_source(config: SourceConfig) -> Source:
-    """List a source. Decodes no image.
+def open_source(config: SourceConfig, store: str | None = None) -> Source:
+    """List a source, but for the store if that lies inside it. Decodes no image.
 
     Raises:
         UserError: nothing is there, or nothing that can be a source of images.
@@ -31,7 +31,7 @@ def open_source(config: SourceConfig) -> Source:
     if config.kind is SourceKind.DIGITS:
         return DigitsSource(config)
     assert config.uri is not None  # SourceConfig makes sure of it
-    place, files = list_files(config.uri)
+    place, files = list_files(config.uri, store)
     if not files:
         raise UserError(f"source.uri: {config.uri} is empty: there is no file in it.")
     kind = _kind_of(config, files) if config.kind is SourceKind.AUTO else config.kind

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusion_core.config import UserError
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 
 _FORMATS = "png jpg jpeg jpe jfif webp bmp dib gif tif tiff ppm pgm pbm pnm tga jp2 avif ico"
 IMAGE_SUFFIXES = frozenset(f".{name}" for name in _FORMATS.split(" "))
@@ -35,14 +35,22 @@ def suffix(key: str) -> str:
     return os.path.splitext(key)[1].lower()
 
 
-def list_files(uri: str) -> tuple[Directory, list[SourceFile]]:
+def list_files(uri: str, store: str | None = None) -> tuple[Directory, list[SourceFile]]:
     """The directory of a source and its files sorted by key; for the URI of one file, its directory and that file.
 
-    Hidden files and those that file managers leave behind are passed over.
+    Hidden files and those that file managers leave behind are passed over, and so is a store that lies inside.
 
     Raises:
         UserError: there is nothing at the URI, or it cannot be listed.
     """
+    place, files = _list(uri)
+    if store is None or not (inside := Directory(store).uri).startswith(f"{place.uri}/"):
+        return place, files
+    own = inside.removeprefix(f"{place.uri}/") + "/"
+    return place, [file for file in files if not file.key.startswith(own)]
+
+
+def _list(uri: str) -> tuple[Directory, list[SourceFile]]:
     place = Directory(uri)
     if not place.is_local:
         return _list_remote(place)

@@ -19,7 +19,7 @@ from typing import Any
 from diffusion_core.config import UserError
 from diffusion_core.jobs.cluster.reserve import busy, missing_resources, shortage
 from diffusion_core.jobs.cluster.train_worker import work
-from diffusion_core.jobs.requests import Resources
+from diffusion_core.jobs.request import Resources
 
 _START_TRIES = 2  # of the worker group, each with an equal share of resources.start_timeout_s
 _RAY_TRAIN = {

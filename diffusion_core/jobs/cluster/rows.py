@@ -19,7 +19,7 @@ from diffusion_core.jobs.account import keeper, measured
 from diffusion_core.jobs.cluster import metrics
 from diffusion_core.jobs.cluster.reserve import reserved
 from diffusion_core.jobs.cluster.tally import Tally
-from diffusion_core.jobs.requests import Resources
+from diffusion_core.jobs.request import Resources
 
 Row = TypeVar("Row")
 Answer = TypeVar("Answer")

@@ -1,0 +1,95 @@
+"""The flows that schedules start. They are told what differs from a preset, and read the preset when they start."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from prefect import flow, get_run_logger
+from prefect.runtime import flow_run
+from pydantic import Field, ValidationError
+
+from diffusion_core.catalog import find
+from diffusion_core.catalog import prune as pruning
+from diffusion_core.config import Config, UserError, explain
+from diffusion_core.stages import generate as generating
+from diffusion_core.stages.checks import check_readable
+from diffusion_core.stages.generate import GenerateRequest, GenerateResult
+from diffusion_core.stages.pipeline import PipelineResult
+from diffusion_core.stages.settings import seconds
+from flows.pipeline import run_pipeline
+from flows.schedules.overrides import resolve
+from flows.stages import run_stage
+
+Preset = Annotated[str | None, Field(description="Preset that the configuration starts from.")]
+Fields = Annotated[
+    dict[str, Any] | str,
+    Field(description="Fields that differ from the preset, one a line, as training.batch_size: 256."),
+]
+Store = Annotated[str, Field(description="Root of the store: a folder or s3://bucket/prefix.")]
+NewImages = Annotated[bool, Field(description="Make new images instead of finding those of the run before.")]
+
+
+@flow(name="diffusion-pipeline", persist_result=False)
+def pipeline(
+    store: Store, preset: Preset = None, overrides: Fields = "", new_images: NewImages = False
+) -> PipelineResult:
+    """The whole pipeline. What nothing has changed for is found done in seconds."""
+    config = resolve(preset, overrides, store)
+    return run_pipeline(config, asked=asked() if new_images else None)
+
+
+@flow(name="generate-images", persist_result=False)
+def generate(
+    store: Store,
+    preset: Preset = None,
+    overrides: Fields = "",
+    new_images: NewImages = True,
+    model: Annotated[
+        str | None, Field(description="models:/name@alias, models:/name/version or a bundle; default: the champion.")
+    ] = None,
+) -> GenerateResult:
+    """Images of a model. Started again after it broke, a run completes the images that it began."""
+    config = resolve(preset, overrides, store, source_needed=False)
+    reference = find.model_reference(model or f"models:/{config.name}@champion", config.store)
+    request = GenerateRequest.of(config, reference)
+    if new_images:
+        request = request.for_new_images(asked())
+    generating.check(request, config.backend)
+    result: GenerateResult = run_stage("generate", request, config.backend)
+    return result
+
+
+class PruneOptions(Config):
+    """What the overrides of a scheduled prune may say."""
+
+    older_than: str = Field("7d", description="Age from which things may go, as 30d or 24h.")
+    unused: bool = Field(False, description="Also runs, datasets and figures that nothing needs.")
+
+
+@flow(name="prune-store", persist_result=False)
+def prune(store: Store, overrides: dict[str, Any] | None = None) -> int:
+    """Delete what the store can do without; the bytes that this freed."""
+    check_readable(store)
+    options = prune_options(overrides or {})
+    retention = pruning.Retention(seconds(options.older_than, "older_than"), options.unused)
+    gone = [row for row in pruning.apply(store, pruning.plan(store, retention), retention) if row.goes]
+    for row in gone:
+        get_run_logger().info("%s deleted (%s)", row.uri, row.why)
+    return sum(row.bytes for row in gone)
+
+
+def prune_options(overrides: dict[str, Any]) -> PruneOptions:
+    """The options that these overrides stand for; `UserError` about the first that is not accepted."""
+    try:
+        options = PruneOptions.model_validate(overrides)
+    except ValidationError as error:
+        raise UserError(f"overrides: {explain(error)}") from None
+    seconds(options.older_than, "overrides: older_than:")
+    return options
+
+
+def asked() -> str:
+    """The id of this flow run: the same when it is tried again, another at the next time of the schedule."""
+    if not flow_run.id:
+        raise UserError("A scheduled flow makes new images for its flow run, and this is none.")
+    return str(flow_run.id)
