@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field
 from types import TracebackType
 
 MARK = "@progress "
+listeners: list[Callable[[ProgressEvent, float], None]] = []
+"""Called with each event that this process prints, and with the units that are new since the last one."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Progress:
         self._interval_s, self._write, self._clock = interval_s, write or _print_line, clock
         self._lock = threading.Lock()
         self._marks = [] if initial is None else [(clock(), initial)]
+        self._told = initial or 0.0
         self._printed_at = -math.inf
 
     def advance(self, n: float = 1, **figures: float) -> None:
@@ -102,7 +105,7 @@ class Progress:
     def _set(self, done: float, figures: dict[str, float]) -> None:
         now = self._clock()
         if not self._marks or done < self._done:  # work that is done again begins anew
-            self._marks = [(now, done)]
+            self._marks, self._told = [(now, done)], done
         self._done = done
         self._figures.update({name: float(value) for name, value in figures.items()})
         if now - self._printed_at >= self._interval_s:
@@ -116,7 +119,11 @@ class Progress:
         if rate and self.total is not None:
             left = max(0.0, (self.total - self._done) / rate)
         figures = {name: value for name, value in self._figures.items() if math.isfinite(value)}
-        self._write(ProgressEvent(self.stage, self._done, self.total, self.unit, rate, left, figures).line())
+        event = ProgressEvent(self.stage, self._done, self.total, self.unit, rate, left, figures)
+        self._write(event.line())
+        for listener in listeners:
+            listener(event, self._done - self._told)
+        self._told = self._done
         self._marks.append((now, self._done))
         self._printed_at = now
 

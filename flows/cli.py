@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _told(error: Exception) -> int:
     from diffusion_core.config import UserError
-    from diffusion_core.jobs.backend import JobFailed
+    from diffusion_core.jobs.transport import JobFailed
     from diffusion_core.store.patience import StoreUnavailable
 
     if isinstance(error, UserError | JobFailed | StoreUnavailable):

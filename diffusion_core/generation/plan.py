@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from diffusion_core.store import Directory, layout
 
@@ -35,6 +35,24 @@ class Shard:
     @property
     def stop(self) -> int:
         return self.first_image_id + self.count
+
+
+@dataclass(frozen=True)
+class ShardOutcome:
+    """What became of one shard.
+
+    final: trying again would not help; store_away: it was the store's fault alone; store_full: and so it will be for
+    every other shard; attempts: how often it was tried, in all.
+    """
+
+    shard: Shard
+    outcome: Literal["made", "found", "failed"]
+    error: str = ""
+    final: bool = False
+    store_away: bool = False
+    store_full: bool = False
+    seconds: float = 0.0
+    attempts: int = 1
 
 
 @dataclass(frozen=True)

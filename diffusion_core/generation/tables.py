@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from diffusion_core.generation.formats import ShardContent, data_digest, pixel_digest, write_parquet
 from diffusion_core.generation.labels import Labels
-from diffusion_core.generation.plan import SCHEMA_VERSION, Extension, Shard
+from diffusion_core.generation.plan import SCHEMA_VERSION, Extension, Shard, ShardOutcome
 
 
 def plan(shards: Sequence[Shard], labels: Labels) -> bytes:
@@ -35,12 +35,12 @@ def index(shards: Sequence[Shard], records: Sequence[Mapping[str, Any]], labels:
     return write_parquet(pa.table(columns))
 
 
-def failures(failed: Mapping[Shard, Mapping[str, Any]]) -> bytes:
+def failures(failed: Iterable[ShardOutcome]) -> bytes:
     """`failed.parquet`: one row per shard that could not be made, with its error and the attempts that were made."""
-    shards = sorted(failed, key=lambda shard: shard.number)
-    columns = _shard_columns(shards)
-    columns["error"] = pa.array([failed[shard]["error"] for shard in shards], pa.string())
-    columns["attempts"] = pa.array([failed[shard]["attempts"] for shard in shards], pa.int64())
+    rows = sorted(failed, key=lambda row: row.shard.number)
+    columns = _shard_columns([row.shard for row in rows])
+    columns["error"] = pa.array([row.error for row in rows], pa.string())
+    columns["attempts"] = pa.array([row.attempts for row in rows], pa.int64())
     return write_parquet(pa.table(columns))
 
 

@@ -7,8 +7,9 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from diffusion_core.diffusion import Denoiser, GaussianProcess, KeyedNoise, buil
 from diffusion_core.diffusion.schedules import Time
 from diffusion_core.generation.config import GenerationConfig, SamplingPrecision
 from diffusion_core.generation.imageset import ImageSet, open_imageset
-from diffusion_core.generation.plan import Shard, ShardTask
+from diffusion_core.generation.plan import Shard, ShardOutcome, ShardTask
 from diffusion_core.store import StoreFull
 from diffusion_core.store.patience import StoreUnavailable
 
@@ -205,7 +206,7 @@ def _rounded(network: nn.Module) -> nn.Module:
 
 
 class ShardWorker:
-    """Makes and commits shards of one set; whatever goes wrong with a shard becomes a row, and the next one is made.
+    """Makes and commits shards of one set; whatever goes wrong with one is its outcome, and the next one is made.
 
     Nothing is loaded before the first shard, so that a worker which cannot even load the model reports it as the error
     of its shards.
@@ -217,34 +218,22 @@ class ShardWorker:
     def __init__(self, task: ShardTask, tally: Callable[[int], None] = lambda images: None) -> None:
         self.task, self._tally = task, tally
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A plan row {shard, first_image_id, count} → the same with `outcome` (made, found or failed), `error`,
-        `final` (trying again would not help), `store_away` (it was the store's fault alone),
-        `store_full` (and so for every other shard) and `seconds`."""
-        shard = Shard(int(row["shard"]), int(row["first_image_id"]), int(row["count"]))
-        started, error, final, away, outcome = time.monotonic(), "", False, False, "failed"
-        full = False
+    def __call__(self, shard: Shard) -> ShardOutcome:
+        began = time.monotonic()
         try:
-            outcome = self.make(shard)
-        except StoreFull as caught:
-            error, full = str(caught), True
-        except (UserError, StoreUnavailable) as caught:
-            error, away = str(caught), isinstance(caught, StoreUnavailable)
-        except Exception as caught:  # promise 5: a poisonous item cannot stop the rest
-            error, final = f"{type(caught).__name__}: {caught}", isinstance(caught, NonFiniteImages)
-        return {
-            "shard": shard.number,
-            "first_image_id": shard.first_image_id,
-            "count": shard.count,
-            "outcome": outcome,
-            "error": error,
-            "final": final,
-            "store_away": away,
-            "store_full": full,
-            "seconds": time.monotonic() - started,
-        }
+            outcome = ShardOutcome(shard, self.make(shard))
+        except StoreFull as error:
+            outcome = ShardOutcome(shard, "failed", str(error), store_full=True)
+        except StoreUnavailable as error:
+            outcome = ShardOutcome(shard, "failed", str(error), store_away=True)
+        except UserError as error:
+            outcome = ShardOutcome(shard, "failed", str(error))
+        except Exception as error:  # promise 5: a poisonous item cannot stop the rest
+            final = isinstance(error, NonFiniteImages)
+            outcome = ShardOutcome(shard, "failed", f"{type(error).__name__}: {error}", final)
+        return replace(outcome, seconds=time.monotonic() - began)
 
-    def make(self, shard: Shard) -> str:
+    def make(self, shard: Shard) -> Literal["made", "found"]:
         """Make and commit one shard; 'found' if it was committed already, else 'made'."""
         if self._set.record(shard) is not None:
             self._tally(shard.count)

@@ -8,10 +8,11 @@ from collections import deque
 from collections.abc import Callable
 
 from diffusion_core.config import UserError
+from diffusion_core.jobs.running import RUNNING, Running
 from diffusion_core.store import Directory, layout
 from diffusion_core.store.patience import StoreUnavailable, patience
 
-LOG, RUNNING = layout.LOG, layout.RUNNING
+LOG = layout.LOG
 LINES_KEPT = 5_000
 EVERY_S = 10.0
 
@@ -21,11 +22,12 @@ logger = logging.getLogger(__name__)
 class KeptLog:
     """The last lines of a job's output. A thread keeps them in the store, so that they outlive whoever waits.
 
-    As a context manager it writes `log.txt` every few seconds and at the end; until then `running.json` lies beside it.
+    As a context manager it writes `log.txt` every few seconds and at the end. Until then `running.json` lies beside it
+    and says who waits: at the beginning, and in a few seconds with what was added to `running`.
     """
 
-    def __init__(self, place: Directory) -> None:
-        self._place = place
+    def __init__(self, place: Directory, running: Running) -> None:
+        self._place, self.running = place, running
         self._lines: deque[str] = deque(maxlen=LINES_KEPT)
         self._lock, self._ended, self._changed = threading.Lock(), threading.Event(), True
         self._thread = threading.Thread(target=self._keep, name="job-log", daemon=True)
@@ -40,6 +42,7 @@ class KeptLog:
             return list(self._lines)
 
     def __enter__(self) -> KeptLog:
+        self._attempt(self._beat)
         self._thread.start()
         return self
 
@@ -48,11 +51,15 @@ class KeptLog:
         self._thread.join()
 
     def _keep(self) -> None:
-        self._attempt(lambda: self._place.write_json(RUNNING, {}))
         while not self._ended.wait(EVERY_S):
+            self._attempt(self._beat)
             self._attempt(self._write)
         self._attempt(self._write)
         self._attempt(lambda: self._place.delete(RUNNING))
+
+    def _beat(self) -> None:
+        self.running.beats += 1
+        self._place.write_json(RUNNING, self.running.model_dump())
 
     def _write(self) -> None:
         with self._lock:

@@ -5,7 +5,6 @@ The same entry serves every backend: `python -m diffusion_core.stages <stage> <r
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
 from collections.abc import Callable
@@ -15,7 +14,10 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from diffusion_core.config import UserError, explain
+from diffusion_core.jobs import context, lines
+from diffusion_core.jobs.account import open_account
 from diffusion_core.jobs.request import Request, Result
+from diffusion_core.jobs.running import end_without_waiter
 from diffusion_core.store import Directory, StoreFull, layout
 from diffusion_core.store.patience import EXIT_STORE_AWAY, StoreUnavailable
 
@@ -36,10 +38,18 @@ def main(stage: str, request_type: type[RequestT], run: Callable[[RequestT], Res
     Exit status: 0, 2 if the user can mend it, 75 if the store was away for too long, 130 after SIGINT, 143 after
     SIGTERM, each with one sentence; a defect ends in its traceback.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
+    parent, _, name = request_uri.rpartition("/")
+    place = Directory(parent or ".")
+    context.begin(stage, place)
+    try:
+        lines.configure()
+    except UserError as error:
+        print(f"{stage}: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as Ray's own handler, which replaces it
     try:
-        return _attempt(stage, request_type, run, request_uri)
+        end_without_waiter(place)
+        return _attempt(stage, place, name, request_type, run)
     except StoreUnavailable as error:
         print(f"{stage}: {error}", file=sys.stderr)
         return EXIT_STORE_AWAY
@@ -51,9 +61,10 @@ def main(stage: str, request_type: type[RequestT], run: Callable[[RequestT], Res
         return _stopped(stage, _SIGNALS[leaving.code])
 
 
-def _attempt(stage: str, request_type: type[RequestT], run: Callable[[RequestT], Result], request_uri: str) -> int:
-    parent, _, name = request_uri.rpartition("/")
-    place = Directory(parent or ".")
+def _attempt(
+    stage: str, place: Directory, name: str, request_type: type[RequestT], run: Callable[[RequestT], Result]
+) -> int:
+    keeper = open_account()
     try:
         result = run(_read_request(place, name, request_type))
     except UserError as error:
@@ -61,6 +72,7 @@ def _attempt(stage: str, request_type: type[RequestT], run: Callable[[RequestT],
         with suppress(StoreFull):  # which may be the error itself; who waits for the job finds it in the log
             place.write_json(ERROR, {"error": str(error)})
         return EXIT_USER_ERROR
+    result = result.model_copy(update={"account": keeper.account()})
     place.write_json(RESULT, result.model_dump(mode="json"))
     return 0
 

@@ -29,8 +29,20 @@ class Request(Config):
     asked_by: str | None = execution(None, description="Id of the Prefect flow run that asked for it.")
 
 
+class Account(Config):
+    """What one job took, its workers included."""
+
+    seconds: float = Field(description="Wall-clock seconds of the job's program.")
+    cpu_seconds: float = Field(description="CPU seconds of the program, of its children and of its workers.")
+    gpu_seconds: float = Field(description="Seconds that GPUs were reserved, times their number.")
+    images: int = Field(description="Images that this job worked on, those found done apart.")
+    bytes_written: int = Field(description="Bytes handed to the store.")
+    s3_requests: int = Field(description="Requests to S3, repeated ones included; 0 for a local store.")
+
+
 class Result(Config):
     """What every job answers."""
 
     seconds: float = Field(description="Wall-clock seconds that the job took.")
     reused: bool = Field(description="True if the work was found done, so that nothing was computed.")
+    account: Account | None = Field(None, description="What the job took; None in results of before it was counted.")

@@ -1,4 +1,4 @@
-"""What can be known to go wrong before anything starts: checked in seconds, without Ray, Prefect or torch.
+"""What can be known to go wrong before anything starts: checked in seconds, without Prefect or torch.
 
 Each raises a `UserError` that names the field, its value and what is accepted. The checks of the stages are made of
 these; they run once, in the command before it even starts Prefect, or else at the beginning of the flow.
@@ -23,7 +23,9 @@ from diffusion_core.data.config import DatasetConfig, SourceConfig, SourceKind, 
 from diffusion_core.diffusion.config import GuidanceConfig, ProcessConfig, check_guidance_scale
 from diffusion_core.evaluation.config import EvaluationConfig
 from diffusion_core.generation.config import GenerationConfig
-from diffusion_core.jobs.backend import BackendConfig, BackendKind, jobs_address
+from diffusion_core.jobs.backend import BackendConfig, BackendKind
+from diffusion_core.jobs.cluster.session import check_token
+from diffusion_core.jobs.ray_jobs import check_jobs_api, jobs_address
 from diffusion_core.jobs.request import Request, Resources
 from diffusion_core.networks.config import NetworkConfig, check_image_size
 from diffusion_core.store import Directory, check_reachable
@@ -220,6 +222,7 @@ def check_resources(field: str, resources: Resources, backend: BackendConfig) ->
 def check_services(store: str, backend: BackendConfig, mlflow: bool = True) -> None:
     """The services that the environment names answer."""
     check_address("RAY_ADDRESS", os.environ.get("RAY_ADDRESS"), default_port=6379)
+    check_token()
     if backend.kind is BackendKind.jobs:
         if jobs_address() is None:
             raise UserError(
@@ -228,6 +231,7 @@ def check_services(store: str, backend: BackendConfig, mlflow: bool = True) -> N
         if Directory(store).is_local:
             _check_shared(store)
         check_address("RAY_API_SERVER_ADDRESS", jobs_address(), default_port=8265)
+        check_jobs_api()
     if mlflow and (record := tracking_uri(store)).startswith(("http://", "https://")):
         check_address("MLFLOW_TRACKING_URI", record, default_port=443 if record.startswith("https") else 80)
 

@@ -77,12 +77,14 @@ def run(request: TrainRequest) -> TrainResult:
     Raises:
         UserError: what to train does not fit together; or as `work.train.train_or_watch`.
     """
+    from diffusion_core.jobs.context import about
     from diffusion_core.jobs.record import record_afterwards
     from diffusion_core.training.run import open_run
 
     began = time.monotonic()
     start = _resolved(request)
     place = open_run(request.store, request.spec, start)
+    about(run_id=place.run_id, dataset=request.spec.dataset_uri)
     outcome, reused = place.finished(request.spec.training), True
     if outcome is None:
         from diffusion_core.stages.work.train import train_or_watch

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
+from diffusion_core import traffic
 from diffusion_core.config import UserError
 from diffusion_core.store.local import LocalPlace
 from diffusion_core.store.place import Entry, Names, Place
@@ -75,6 +76,7 @@ class Directory:
 
     def write(self, key: str, data: bytes) -> None:
         """Put a file there in place of whatever was there. Readers see the old content or the new, never a part."""
+        traffic.wrote(len(data))
         self._place.write(_checked_key(key), data)
 
     def create(self, key: str, data: bytes) -> bool:
@@ -83,10 +85,12 @@ class Directory:
         Of any number of processes that create the same key at once exactly one gets True, and no reader ever sees a
         part of the file. When it returns, the file survives a power cut.
         """
+        traffic.wrote(len(data))
         return self._place.create(_checked_key(key), data)
 
     def create_file(self, key: str, path: Path) -> bool:
         """Like `create`, with the content of a local file of any size."""
+        traffic.wrote(path.stat().st_size)
         return self._place.create(_checked_key(key), path)
 
     def read_json(self, key: str) -> Any:

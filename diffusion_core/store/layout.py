@@ -238,3 +238,4 @@ RESULT = "result.json"
 ERROR = "error.json"
 LOG = "log.txt"
 RUNNING = "running.json"
+IDS = "ids.json"  # what the job turned out to be about

@@ -9,18 +9,16 @@ compared between machines, nothing is ever deleted, and the files remain as the 
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from diffusion_core.processes import host, is_gone, this_process
 from diffusion_core.store.directory import Directory
 from diffusion_core.store.patience import StoreUnavailable, patience
 
@@ -108,7 +106,7 @@ class Held:
         ended = _outcome(self.directory, self.number)
         if ended is not None:
             return ended
-        if _process_is_gone(self.owner):
+        if is_gone(self.owner):
             return _outcome(self.directory, self.number) or LOST  # it may have ended properly just now
         count = _count(self.directory, self.number)
         self._changed_at += self.clock() - asked_at
@@ -151,7 +149,7 @@ def claim(
             return Held(directory, number, directory.read_json(f"{number}.json"), patience_s)
         number += 1
         token = uuid.uuid4().hex
-        created = directory.create_json(f"{number}.json", {**owner, **_this_process(), "token": token})
+        created = directory.create_json(f"{number}.json", {**owner, **this_process(), "token": token})
         if created or _token(directory, number) == token:  # a retried request may be refused by its own first success
             lease = Lease(directory, number, beat_s)
             lease.start_beating()
@@ -187,7 +185,7 @@ def seems_held(directory: Directory, silence_s: float) -> bool:
     if not number or _is_dead(directory, number, None):
         return False
     with suppress(FileNotFoundError):
-        if directory.read_json(f"{number}.json").get("host") == _host():
+        if directory.read_json(f"{number}.json").get("host") == host():
             return True
     last_sign = max((entry.modified for entry in directory.list(f"{number}.")), default=0.0)
     return time.time() - last_sign < silence_s
@@ -205,7 +203,7 @@ def _is_dead(directory: Directory, number: int, after: Held | None) -> bool:
     if after is not None and after.number == number:
         return after.outcome() is not None
     try:
-        return _process_is_gone(directory.read_json(f"{number}.json"))
+        return is_gone(directory.read_json(f"{number}.json"))
     except FileNotFoundError:  # somebody cleared up what had ended long ago
         return True
 
@@ -227,38 +225,3 @@ def _count(directory: Directory, number: int) -> int | None:
         return int(directory.read_json(f"{number}.beat.json")["count"])
     except FileNotFoundError:
         return None
-
-
-def _this_process() -> dict[str, Any]:
-    return {"host": _host(), "pid": os.getpid(), "started": _started(os.getpid())}
-
-
-def _process_is_gone(owner: dict[str, Any]) -> bool:
-    """True if the owner ran on this very machine (and in this container) and its process is no more."""
-    if owner.get("started") is None or owner.get("host") != _host():
-        return False
-    return _started(int(owner["pid"])) != owner["started"]
-
-
-def _host() -> str:
-    """Names a set of process ids: host name, boot, and process namespace, as two containers may share the name."""
-    boot = _text("/proc/sys/kernel/random/boot_id")
-    try:
-        namespace = os.readlink("/proc/self/ns/pid")
-    except OSError:
-        namespace = ""
-    return f"{socket.gethostname()} {boot} {namespace}"
-
-
-def _started(pid: int) -> str | None:
-    """When a process started, in ticks since boot; None if it is gone, or a zombie, or this system cannot tell."""
-    text = _text(f"/proc/{pid}/stat")
-    fields = text.rpartition(")")[2].split()
-    return None if not fields or fields[0] in "ZX" else fields[19]
-
-
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return ""

@@ -29,6 +29,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_before_d
 from diffusion_core.config import UserError
 from diffusion_core.store.patience import StoreUnavailable, patience_s
 from diffusion_core.store.place import StoreFull
+from diffusion_core.traffic import count_requests
 
 T = TypeVar("T")
 
@@ -173,4 +174,4 @@ def new_client(connect_timeout: float, read_timeout: float) -> Any:
         request_checksum_calculation="when_required",  # not every S3 service understands the newer checksums
         response_checksum_validation="when_required",
     )
-    return session.client("s3", region_name=session.region_name or "us-east-1", config=options)
+    return count_requests(session.client("s3", region_name=session.region_name or "us-east-1", config=options))

@@ -19,7 +19,7 @@ from diffusion_core.tracking.registry import (
     tag_version,
     was_rolled_back,
 )
-from diffusion_core.tracking.runs import RunRecorder, record_figures
+from diffusion_core.tracking.runs import RunRecorder, end_run, record_figures
 
 __all__ = [
     "CANDIDATE",
@@ -30,6 +30,7 @@ __all__ = [
     "champion",
     "champion_history",
     "check_alias",
+    "end_run",
     "list_models",
     "promote",
     "record_figures",

@@ -163,6 +163,13 @@ def record_figures(store: str | Directory, mlflow_run_id: str, figures: Mapping[
         recorder.log_batch(mlflow_run_id, metrics=new)
 
 
+def end_run(store: str | Directory, mlflow_run_id: str, status: str) -> None:
+    """Mark a run that says RUNNING as FAILED or KILLED; one that has ended stays as it is."""
+    recorder = client(store)
+    if existing_run(recorder, mlflow_run_id).info.status == "RUNNING":
+        recorder.set_terminated(mlflow_run_id, status)
+
+
 def existing_run(recorder: MlflowClient, mlflow_run_id: str) -> Run:
     """An MLflow run by its id; `UserError` if MLflow does not know it."""
     from mlflow.exceptions import MlflowException

@@ -3,8 +3,7 @@
 A flow run that is killed cannot say so. Its worker would, while it lives; without the worker nobody does. So each run
 announces its process (`flows.announced`), and `settle` gives a run whose process is dead the state that it should have:
 Cancelled if it was being cancelled, Crashed otherwise. A run that is cancelled and goes on, because the worker that
-should end it is gone, is ended here. Runs that nobody has picked up yet are left alone, and so are suspended ones, which
-wait.
+should end it is gone, is ended here. Runs that nobody has picked up yet are left alone, and so are suspended ones.
 """
 
 from __future__ import annotations

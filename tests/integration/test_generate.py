@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from diffusion_core.config import UserError, digest
 from diffusion_core.generation import GenerationConfig, open_imageset
 from diffusion_core.generation.verify import verify
+from diffusion_core.jobs.cluster.rows import on_cluster
 from diffusion_core.jobs.request import Resources
-from diffusion_core.jobs.rows import on_cluster
 from diffusion_core.progress import parse_progress
 from diffusion_core.stages.generate import GenerateRequest, GenerateResult, run
 from diffusion_core.stages.work.generate import generate

@@ -9,7 +9,7 @@ import sys
 WORK = """
 import os
 from pathlib import Path
-from diffusion_core.jobs.cluster import ray_session
+from diffusion_core.jobs.cluster.session import ray_session
 
 
 def descendants(pid):

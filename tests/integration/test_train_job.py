@@ -46,6 +46,9 @@ def test_two_workers_train_what_two_processes_without_ray_train(ray_cluster, dat
     assert events and events[-1].done == 200 and "loss" in events[-1].figures
     result = json.loads((tmp_path / "first" / "result.json").read_text())
     assert result["images_seen"] == 200 and result["reused"] is False
+    assert result["account"]["images"] == 200 and result["account"]["cpu_seconds"] > 0
+    about = json.loads((tmp_path / "first" / "ids.json").read_text())
+    assert (about["run_id"], about["mlflow_run_id"]) == (result["run_id"], result["mlflow_run_id"])
     assert load_bundle(result["bundle_uri"]).config.mlflow_run_id == result["mlflow_run_id"]
 
     run_world(2, train_in_world, dataset, other, {})
@@ -76,7 +79,8 @@ def check_second_time(tmp_path, store, spec, result):
     assert status == 0, output
     again = json.loads((tmp_path / "second" / "result.json").read_text())
     assert again["reused"] is True and seconds < 10
-    assert {**again, "seconds": 0, "reused": 0} == {**result, "seconds": 0, "reused": 0}
+    same = {"seconds": 0, "reused": 0, "account": None}
+    assert {**again, **same} == {**result, **same} and again["account"]["images"] == 0
 
 
 @pytest.mark.slow

@@ -15,8 +15,10 @@ import pytest
 
 from diffusion_core.catalog import prune
 from diffusion_core.config import UserError
-from diffusion_core.jobs import backend
-from diffusion_core.jobs.backend import BackendConfig, BackendKind, JobFailed, LocalJob, run_job
+from diffusion_core.jobs import local
+from diffusion_core.jobs.backend import BackendConfig, BackendKind, run_job
+from diffusion_core.jobs.local import LocalJob
+from diffusion_core.jobs.transport import JobFailed
 from diffusion_core.progress import ProgressEvent
 from diffusion_core.stages.generate import GenerateRequest, GenerateResult
 from diffusion_core.store import Directory
@@ -217,7 +219,7 @@ FAMILY = """
 
 @pytest.mark.parametrize("manner", ["polite", "stubborn"])
 def test_stopping_a_job_ends_its_workers_too(manner: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(backend, "GRACE_S", 0.5)
+    monkeypatch.setattr(local, "GRACE_S", 0.5)
     job = LocalJob([*program(FAMILY), manner])
     heard = list(islice(job.lines(), 2))
     child = int(next(line for line in heard if line.isdecimal()))
@@ -267,7 +269,7 @@ def test_a_killed_waiter_does_not_leave_its_job_behind(tmp_path: Path):
     pids = tmp_path / "pids"
     job = f"import os, time; open({str(pids)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     waiter = f"""
-        from diffusion_core.jobs.backend import LocalJob
+        from diffusion_core.jobs.local import LocalJob
         import sys
         list(LocalJob([sys.executable, "-c", {job!r}]).lines())
     """

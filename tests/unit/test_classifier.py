@@ -293,8 +293,7 @@ def test_its_digest_is_part_of_the_set(tmp_path, model_uri, classifier_uri):
 
     images = plan(classifier=classifier_uri, classifier_scale=1.5)
     shard = images.missing(images.extend(0, 4))[0]
-    row = {"shard": shard.number, "first_image_id": 0, "count": 4}
-    assert ShardWorker(ShardTask(images.uri, model_uri, "toy/1"))(row)["outcome"] == "made"
+    assert ShardWorker(ShardTask(images.uri, model_uri, "toy/1"))(shard).outcome == "made"
     assert open_imageset(images.uri).description.guides["classifier"]["digest"] == bundle_digest(classifier_uri)
     ids = {images.description.set_id, plan().description.set_id}
     ids.add(plan(classifier=classifier_uri, classifier_scale=2.0).description.set_id)

@@ -21,7 +21,7 @@ from diffusion_core.evaluation.classifier import classifier_extractor
 from diffusion_core.evaluation.config import ClassifierConfig, ComparisonConfig, EvaluationConfig
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.generation.worker import Generator, NonFiniteImages
-from diffusion_core.jobs.rows import WorkersDied
+from diffusion_core.jobs.cluster.rows import WorkersDied
 from diffusion_core.stages.compare import CompareRequest, run
 from diffusion_core.stages.work import compare, compare_cell
 from diffusion_core.stages.work.compare_cell import Count, counted

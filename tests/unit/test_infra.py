@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -74,3 +75,23 @@ def test_prefect_yaml_means_the_deployments_of_the_stack() -> None:
                 PipelineConfig.model_validate(each["config"]) for each in (item["parameters"], deployment.parameters)
             )
             assert meant.model_copy(update={"store": ""}) == said.model_copy(update={"store": ""})
+
+
+def test_the_dashboard_shows_metrics_that_jobs_have() -> None:
+    """Those that jobs write, all of them, under the names that Ray gives them; in panels of Grafana's schema."""
+    from diffusion_core.jobs.cluster.metrics import DESCRIPTIONS, LABELS, Counter, Gauge
+
+    text = (INFRA / "grafana" / "diffusion.json").read_text()
+    board = json.loads(text)
+    there = {f"ray_{counter}_total" for counter in Counter} | {f"ray_{gauge}" for gauge in Gauge}
+    assert {*Counter, *Gauge} == DESCRIPTIONS.keys()
+    assert set(re.findall(r"ray_diffusion_\w+", text)) - {"ray_diffusion_"} == there
+    variables = {variable["name"]: variable for variable in board["templating"]["list"]}
+    assert variables["datasource"]["type"] == "datasource" and variables["datasource"]["query"] == "prometheus"
+    assert board["schemaVersion"] >= 36 and len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    for panel in board["panels"]:
+        assert panel["title"] and panel["type"] == "timeseries" and panel["gridPos"].keys() == {"h", "w", "x", "y"}
+        for target in [panel, *panel["targets"], *[v for v in variables.values() if v["type"] == "query"]]:
+            assert target["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+        for target in panel["targets"]:
+            assert set(re.findall(r"(\w+)=~", target["expr"])) <= set(LABELS)

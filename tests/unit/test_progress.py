@@ -92,3 +92,15 @@ def test_a_sentence_for_people():
     event = ProgressEvent("train", 12_800, 64_000, rate=512.3, seconds_left=100, figures={"loss": 0.08127})
     assert event.sentence() == "train: 12,800 of 64,000 images (20 %), 512 images/s, 1:40 left, loss 0.08127"
     assert [clock(7), clock(750), clock(11_100)] == ["0:07", "12:30", "3:05:00"]
+
+
+def test_a_listener_hears_what_is_new(monkeypatch):
+    """Not what was done before, and not twice."""
+    heard = []
+    monkeypatch.setattr("diffusion_core.progress.listeners", [lambda event, new: heard.append((event.done, new))])
+    with Progress("train", 100, initial=None, interval_s=0, write=lambda line: None) as shown:
+        shown.update(40)
+        shown.update(60)
+        shown.update(50)  # done again from an older checkpoint
+        shown.update(70)
+    assert heard == [(40, 0), (60, 20), (50, 0), (70, 20), (70, 0)]

@@ -29,10 +29,10 @@ from diffusion_core.evaluation.comparison import (
 from diffusion_core.evaluation.config import ComparisonConfig, Contestant, EvaluationConfig
 from diffusion_core.evaluation.identity import classifier_identity, distance_name, extractor_identity
 from diffusion_core.generation.config import GenerationConfig
-from diffusion_core.jobs.cluster import ray_session
+from diffusion_core.jobs.cluster.rows import WorkersDied, on_cluster
+from diffusion_core.jobs.cluster.session import ray_session
+from diffusion_core.jobs.cluster.tally import tallied
 from diffusion_core.jobs.request import Resources
-from diffusion_core.jobs.rows import WorkersDied, on_cluster
-from diffusion_core.jobs.tally import tallied
 from diffusion_core.progress import Progress
 from diffusion_core.stages.compare import CompareRequest
 from diffusion_core.stages.work.evaluate import check_comparable

@@ -1,7 +1,7 @@
 """How images are made: a set grows by the range of image ids that is asked for, as far as it lacks them.
 
 A plan row is a shard; each shard commits itself (create-if-absent), so that whatever ends the job, running it again
-does only what is missing. Ray Data deals the rows to a pool of actors in blocks. A shard that raises is a row of the
+does only what is missing. They are dealt to a pool of actors in blocks. A shard that raises is a row of the
 outcome; a shard that takes its whole process down costs its block, and in the next pass every shard that is still
 missing is a block of its own, so that the poisonous one is alone with its death.
 """
@@ -12,10 +12,9 @@ import logging
 import os
 import time
 import uuid
-import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -24,10 +23,14 @@ from diffusion_core.config import UserError
 from diffusion_core.generation import tables
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.generation.imageset import ImageSet, describe
-from diffusion_core.generation.plan import Extension, Range, Shard, ShardTask
-from diffusion_core.jobs.cluster import ray_session, reserved
+from diffusion_core.generation.plan import Extension, Range, Shard, ShardOutcome, ShardTask
+from diffusion_core.jobs.cluster import metrics
+from diffusion_core.jobs.cluster.reserve import reserved
+from diffusion_core.jobs.cluster.rows import Pool, one_pass
+from diffusion_core.jobs.cluster.session import ray_session
+from diffusion_core.jobs.cluster.tally import Tally, tallied
+from diffusion_core.jobs.context import about
 from diffusion_core.jobs.request import Resources
-from diffusion_core.jobs.tally import Tally, tallied
 from diffusion_core.progress import Progress
 from diffusion_core.stages.work.guide import with_guides_found
 from diffusion_core.store import StoreFull, layout
@@ -37,7 +40,7 @@ from diffusion_core.store.turns import one_at_a_time
 BLOCKS_PER_WORKER = 8
 DIED = "the worker process died while it made this shard (killed, out of memory, or a crash in native code)"
 
-Worker = Callable[[ShardTask, Callable[[int], None]], Callable[[dict[str, Any]], dict[str, Any]]]
+Worker = Callable[[ShardTask, Callable[[int], None]], Callable[[Shard], ShardOutcome]]
 
 logger = logging.getLogger(__name__)
 
@@ -65,11 +68,22 @@ class Generated:
 class _Outcome:
     """What became of the shards that were missing."""
 
-    made: set[Shard] = field(default_factory=set)
-    found: set[Shard] = field(default_factory=set)
-    failed: dict[Shard, dict[str, Any]] = field(default_factory=dict)
-    seconds: dict[Shard, float] = field(default_factory=dict)
+    shards: dict[Shard, ShardOutcome] = field(default_factory=dict)
     took: float = 0.0
+
+    def add(self, outcome: ShardOutcome) -> None:
+        """The last outcome of a shard is the one that counts."""
+        self.shards[outcome.shard] = outcome
+        if outcome.outcome == "failed":
+            logger.warning("shard %d failed: %s", outcome.shard.number, outcome.error)
+
+    @property
+    def made(self) -> list[Shard]:
+        return [shard for shard, row in self.shards.items() if row.outcome == "made"]
+
+    @property
+    def failed(self) -> dict[Shard, ShardOutcome]:
+        return {shard: row for shard, row in self.shards.items() if row.outcome == "failed"}
 
 
 @dataclass(frozen=True)
@@ -110,6 +124,7 @@ def generate(
     config = config.model_copy(update={"guidance": with_guides_found(config.guidance, store)})
     found_digest = bundle_digest(bundle_uri)
     images = describe(store, bundle_uri, found_digest, read_bundle_config(bundle_uri), config)
+    about(set_id=images.description.set_id)
     wanted, outcome = images.look(config.first_image_id, config.count, asked), _Outcome()
     missing = images.missing(wanted)
     if wanted.gaps or missing:
@@ -196,92 +211,46 @@ def _make(
     todo = list(missing)
     for attempt in range(1 + config.max_retries):
         share = -(-len(todo) // (BLOCKS_PER_WORKER * crew.resources.workers))
-        size = 1 if attempt else min(config.shards_per_block, share)
+        pool = Pool(tally, 1 if attempt else min(config.shards_per_block, share))
         if attempt:
+            metrics.count(metrics.Counter.retries, len(todo))
             logger.warning("%d shards are tried again", len(todo))
-        rows = {}
-        with closing(_pass(todo, size, crew, options, tally)) as outcomes:
-            for told in outcomes:
-                if told.get("store_full"):  # not the shard's fault, and no other shard would fare better
-                    raise StoreFull(told["error"])
-                rows[told["shard"]] = told
-        again = []
+        work = _Work(crew.worker, crew.task, tally)
+        told = dict[Shard, ShardOutcome]()
+        with closing(one_pass(work, dict(enumerate(todo)), crew.resources, options, pool)) as answers:
+            for _, answer in answers:
+                if answer.store_full:  # not the shard's fault, and no other shard would fare better
+                    raise StoreFull(answer.error)
+                told[answer.shard] = answer
         for shard in todo:
-            row = rows.get(shard.number)
-            if row is None:  # its block was lost; it may have been committed before
-                row = {"outcome": "made" if images.record(shard) else "failed", "error": DIED, "final": False}
-                row["store_away"] = False
-            outcome.seconds[shard] = row.get("seconds", 0.0)
-            if row["outcome"] != "failed":
-                outcome.failed.pop(shard, None)
-                (outcome.made if row["outcome"] == "made" else outcome.found).add(shard)
-                continue
-            away = row["store_away"]
-            outcome.failed[shard] = {"error": row["error"], "attempts": attempt + 1, "store_away": away}
-            logger.warning("shard %d failed: %s", shard.number, row["error"])
-            if not row["final"]:
-                again.append(shard)
-        todo = again
+            if shard not in told:  # its block was lost; it may have been committed before
+                made = images.record(shard) is not None
+                told[shard] = ShardOutcome(shard, "made") if made else ShardOutcome(shard, "failed", DIED)
+            outcome.add(replace(told[shard], attempts=attempt + 1))
+        todo = [shard for shard in todo if told[shard].outcome == "failed" and not told[shard].final]
         if not todo:
             return
 
 
-def _pass(
-    shards: Sequence[Shard], size: int, crew: _Crew, options: dict[str, Any], tally: Tally
-) -> Generator[dict[str, Any]]:
-    """One Ray Data execution: the outcome rows of the shards whose blocks survived."""
-    import ray
-    from ray.data import ActorPoolStrategy, DataContext
-
-    names = ("shard", "first_image_id", "count")
-    values = [dict(zip(names, (shard.number, shard.first_image_id, shard.count), strict=True)) for shard in shards]
-    blocks = -(-len(values) // size)
-    context = DataContext.get_current().copy()
-    context.max_errored_blocks = -1  # a lost block is looked after here, in the next pass
-    context.enable_progress_bars = context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would log every lost block and its own progress
-    # An actor that has used up its restarts stays in Ray Data's pool as a corpse, and a pool of corpses waits for ever.
-    # So the finite number that binds is that of the retries of a block; restarts are just more than they can need.
-    retries = min(1, crew.resources.max_failures)
-    with DataContext.current(context), warnings.catch_warnings():
-        # Ray 2.60 deprecates passing these two without offering names for them; the pin holds the minor version.
-        warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
-        # Not from_arrow, which runs a task for each table, and all the job's CPUs are reserved for its workers.
-        dataset = ray.data.from_items(values, override_num_blocks=blocks).map(
-            _PoolWorker,  # type: ignore[arg-type]  # a class of callables, as Ray Data wants it for actors
-            fn_constructor_args=(crew.worker, crew.task, tally),
-            compute=ActorPoolStrategy(size=min(crew.resources.workers, blocks), max_tasks_in_flight_per_actor=1),
-            max_restarts=blocks * (1 + retries) + crew.resources.max_failures,
-            max_task_retries=retries,
-            **options,
-        )
-    try:
-        yield from dataset.iter_rows()
-    finally:
-        tally.dismiss()  # the error of a lost block may hold on to its actor, whose CPU the next pass would wait for
-
-
-class _PoolWorker:
-    """What Ray Data makes in each actor: joins the tally, and makes the worker proper at the first shard.
+class _Work:
+    """What each actor does with its shards: makes the worker proper at the first of them.
 
     The worker's module is imported here and not in the job, which so never has to load torch.
     """
 
     def __init__(self, make: Worker | None, task: ShardTask, tally: Tally) -> None:
-        tally.join()
         self._make, self._task, self._tally = make, task, tally
-        self._worker: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+        self._worker: Callable[[Shard], ShardOutcome] | None = None
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, shard: Shard) -> ShardOutcome:
         if self._worker is None:
             try:
                 from diffusion_core.generation.worker import ShardWorker
 
                 self._worker = (self._make or ShardWorker)(self._task, self._tally)
-            except Exception as error:  # a node without torch, say: a row tells more than a lost block
-                failed = {"outcome": "failed", "error": repr(error), "final": False, "store_away": False}
-                return {**row, **failed, "seconds": 0.0}
-        return self._worker(row)
+            except Exception as error:  # a node without torch, say: an outcome tells more than a lost block
+                return ShardOutcome(shard, "failed", repr(error))
+        return self._worker(shard)
 
 
 def _report_failures(images: ImageSet, tried: Sequence[Shard], outcome: _Outcome, allowed: int) -> None:
@@ -290,14 +259,14 @@ def _report_failures(images: ImageSet, tried: Sequence[Shard], outcome: _Outcome
         if tried:
             images.directory.delete(layout.FAILED)
         return
-    images.directory.write(layout.FAILED, tables.failures(outcome.failed))
+    images.directory.write(layout.FAILED, tables.failures(outcome.failed.values()))
     shard, first = next(iter(outcome.failed.items()))
     sentence = (
         f"{len(outcome.failed)} of {len(tried)} shards failed, for example shard {shard.number} (images "
-        f"{shard.first_image_id} to {shard.stop - 1}): {first['error'].rstrip('.')}. All of them stand in "
+        f"{shard.first_image_id} to {shard.stop - 1}): {first.error.rstrip('.')}. All of them stand in "
         f"{images.uri}/{layout.FAILED}. Running the same command again makes only what is missing."
     )
-    if any(failed["store_away"] for failed in outcome.failed.values()):
+    if any(failed.store_away for failed in outcome.failed.values()):
         raise StoreUnavailable(sentence)
     if len(outcome.failed) > allowed:
         raise UserError(f"{sentence} generation.max_failed_shards = {allowed} is the number that may fail.")
@@ -316,7 +285,8 @@ def _close(images: ImageSet, extension: Extension, outcome: _Outcome) -> None:
 def _write_log(images: ImageSet, outcome: _Outcome) -> None:
     """Timings of this job, apart from everything that has to be the same whenever it is made."""
     now = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    shards = [{"shard": shard.number, "seconds": took} for shard, took in sorted(outcome.seconds.items(), key=str)]
+    rows = sorted(outcome.shards.values(), key=lambda row: str(row.shard))
+    shards = [{"shard": row.shard.number, "seconds": row.seconds} for row in rows]
     log = {"ended": now, "seconds": outcome.took, "host": os.uname().nodename, "shards": shards}
     images.directory.create_json(layout.set_log(f"{now}-{uuid.uuid4().hex[:8]}"), log)
 

@@ -38,9 +38,11 @@ from diffusion_core.data.sources import Scan, Source, open_source
 from diffusion_core.data.sources.hashed import SourceChanged
 from diffusion_core.data.sources.listing import SourceFile
 from diffusion_core.data.spool import positions_of_items, spool_chunk, spool_chunks
-from diffusion_core.jobs.cluster import ray_session
+from diffusion_core.jobs.cluster import metrics
+from diffusion_core.jobs.cluster.rows import WorkersDied, on_cluster, survives
+from diffusion_core.jobs.cluster.session import ray_session
+from diffusion_core.jobs.context import about
 from diffusion_core.jobs.request import Resources
-from diffusion_core.jobs.rows import WorkersDied, on_cluster, survives
 from diffusion_core.progress import Progress
 from diffusion_core.stages.shard import ShardRequest
 from diffusion_core.store import Directory, layout
@@ -70,6 +72,7 @@ def make_dataset(request: ShardRequest) -> tuple[ImageDataset, bool]:
     with ExitStack() as cluster:
         digests = _hash_source(source, cache, request.resources, cluster)
         version = dataset_version(source, digests, request.dataset)
+        about(dataset=f"{request.dataset.name}@{version}")
         directory = home / version
         reused = directory.exists(layout.MANIFEST)
         if not reused:
@@ -158,6 +161,7 @@ def _make(
         raise
     in_shards = _rejected_in(records)
     judge(in_shards)
+    metrics.count(metrics.Counter.rejected, len(scan.rejected) + len(in_shards))
     return commit_dataset(
         directory,
         version=directory.name,

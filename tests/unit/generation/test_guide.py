@@ -36,8 +36,7 @@ def plan(store, uri, config):
 
 def make(images, uri, guide=None):
     shard = images.missing(images.extend(0, 16))[0]
-    row = {"shard": shard.number, "first_image_id": 0, "count": 16}
-    return ShardWorker(ShardTask(images.uri, uri, "tiny/1", guide_uris={"guide": guide} if guide else {}))(row)
+    return ShardWorker(ShardTask(images.uri, uri, "tiny/1", guide_uris={"guide": guide} if guide else {}))(shard)
 
 
 def test_images_are_those_of_the_guided_denoiser(bundle_uri, guide_uri):
@@ -69,7 +68,7 @@ def test_at_a_scale_of_one_the_guide_is_not_even_loaded(bundle_uri):
 def test_a_model_without_classes_is_guided_by_another(unconditional_uri, tmp_path):
     guide = tiny_bundle(tmp_path / "guide", class_names=(), image_shape=(4, 8, 3), seed=2)
     images = plan(tmp_path, unconditional_uri, settings(guide))
-    assert make(images, unconditional_uri)["outcome"] == "made"
+    assert make(images, unconditional_uri).outcome == "made"
     with pytest.raises(UserError, match=r"guidance\.scale: 2 is not accepted .* without classes, .* or a guide"):
         plan(tmp_path, unconditional_uri, settings(None))
 
@@ -90,7 +89,7 @@ def test_a_set_remembers_its_guide_finds_it_where_it_is_and_refuses_another(tmp_
     there, moved = tmp_path / "there", tmp_path / "moved"
     guide = tiny_bundle(there, seed=1)
     images = plan(tmp_path, bundle_uri, settings(guide))
-    assert make(images, bundle_uri)["outcome"] == "made"
+    assert make(images, bundle_uri).outcome == "made"
     planned = {"digest": bundle_digest(guide), "run_id": read_bundle_config(guide).run_id}
     assert images.description.guides == {"guide": planned}
     assert reproduce(images.uri, 3)[1]
@@ -103,8 +102,8 @@ def test_a_set_remembers_its_guide_finds_it_where_it_is_and_refuses_another(tmp_
         stored.guided_by()
     images.directory.delete("shards/part-00000.json")
     row = make(images, bundle_uri, guide=bundle_uri)
-    assert row["outcome"] == "failed" and "is not that which the image set" in row["error"]
-    assert make(images, bundle_uri, guide=str(moved))["outcome"] == "made"
+    assert row.outcome == "failed" and "is not that which the image set" in row.error
+    assert make(images, bundle_uri, guide=str(moved)).outcome == "made"
 
 
 def test_a_poisoned_guide_is_an_error_and_no_pixel(bundle_uri, guide_uri, monkeypatch):

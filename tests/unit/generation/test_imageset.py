@@ -20,7 +20,7 @@ from diffusion_core.config import UserError
 from diffusion_core.generation import GenerationConfig, open_imageset
 from diffusion_core.generation.imageset import describe
 from diffusion_core.generation.labels import Labels
-from diffusion_core.generation.plan import ShardTask
+from diffusion_core.generation.plan import Shard, ShardTask
 from diffusion_core.generation.sheet import MAX_BYTES, choose_images, contact_sheet
 from diffusion_core.generation.verify import verify
 from diffusion_core.generation.worker import ShardWorker, reproduce
@@ -43,8 +43,7 @@ def make(store, uri, config, backwards=False):
     missing = images.missing(wanted)
     worker = ShardWorker(ShardTask(images.uri, uri, "tiny/1"))
     for shard in reversed(missing) if backwards else missing:
-        row = {"shard": shard.number, "first_image_id": shard.first_image_id, "count": shard.count}
-        assert worker(row)["outcome"] == "made"
+        assert worker(shard).outcome == "made"
     assert all(images.finish(extension) for extension in wanted.extensions)
     return images
 
@@ -144,7 +143,7 @@ def test_an_incomplete_extension_is_not_finished_and_is_taken_up_again(tmp_path,
     images = plan(tmp_path, bundle_uri, config)
     wanted = images.extend(None, 40)
     worker = ShardWorker(ShardTask(images.uri, bundle_uri, "tiny/1"))
-    worker({"shard": 1, "first_image_id": 16, "count": 16})
+    worker(Shard(1, 16, 16))
     assert not images.finish(wanted.extensions[0])
     assert images.total_images() == 16
     assert [shard.number for shard in images.missing(wanted)] == [0, 2]
@@ -275,16 +274,16 @@ def test_what_does_not_suit_the_model_is_said(tmp_path, bundle_uri, unconditiona
 def test_the_worker_reports_an_error_as_a_row(tmp_path, bundle_uri):
     images = plan(tmp_path, bundle_uri, settings(count=16))
     images.extend(None, 16)
-    row = ShardWorker(ShardTask(images.uri, f"{tmp_path}/nowhere", "v"))({"shard": 0, "first_image_id": 0, "count": 16})
-    assert (row["outcome"], row["final"]) == ("failed", False)
-    assert "not a model bundle" in row["error"]
+    row = ShardWorker(ShardTask(images.uri, f"{tmp_path}/nowhere", "v"))(Shard(0, 0, 16))
+    assert (row.outcome, row.final) == ("failed", False)
+    assert "not a model bundle" in row.error
 
 
 def test_shards_made_with_another_bundle_are_refused(tmp_path, bundle_uri, unconditional_uri):
     images = plan(tmp_path, bundle_uri, settings(count=16))
     images.extend(None, 16)
-    row = ShardWorker(ShardTask(images.uri, unconditional_uri, "v"))({"shard": 0, "first_image_id": 0, "count": 16})
-    assert "is not the one that the image set was planned with" in row["error"]
+    row = ShardWorker(ShardTask(images.uri, unconditional_uri, "v"))(Shard(0, 0, 16))
+    assert "is not the one that the image set was planned with" in row.error
 
 
 def test_images_of_the_sheet_are_balanced():

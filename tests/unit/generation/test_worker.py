@@ -171,9 +171,9 @@ def test_shards_that_failed_as_the_store_was_away_do_not_make_it_a_mistake_of_th
         def make(self, shard: Shard) -> str:
             raise StoreUnavailable("The store s3://b cannot be reached: no answer.")
 
-    row = Unlucky(ShardTask("set", "bundle", "v"))({"shard": 3, "first_image_id": 24, "count": 8})
-    assert (row["outcome"], row["store_away"], row["final"]) == ("failed", True, False)
-    outcome = generate._Outcome(failed={Shard(3, 24, 8): {**row, "attempts": 3}})
+    row = Unlucky(ShardTask("set", "bundle", "v"))(Shard(3, 24, 8))
+    assert (row.outcome, row.store_away, row.final) == ("failed", True, False)
+    outcome = generate._Outcome({row.shard: row})
     images = ImageSet(Directory(tmp_path), None)
     with pytest.raises(StoreUnavailable, match=r"1 of 1 shards failed, .* cannot be reached: no answer\. All of them"):
         generate._report_failures(images, list(outcome.failed), outcome, allowed=5)

@@ -1,4 +1,4 @@
-"""The Ray cluster under a job: join the one that RAY_ADDRESS names, or start one in this machine for this job alone.
+"""Room for the workers of a job, within a time, or a sentence that says what is missing.
 
 Ray waits for ever for resources that never come. So the workers of a job get theirs from a placement group, which is
 there within `resources.start_timeout_s` or ends the job with a sentence. Ray Train does the same for itself.
@@ -8,70 +8,20 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
 
 from diffusion_core.config import UserError
+from diffusion_core.jobs.account import keeper
 from diffusion_core.jobs.request import Resources
 
 POLL_S = 1.0
 _TOLD_AFTER_S = 3.0  # what a job waits for
 _SECOND_TRY_S = 3.0  # for as many workers as there is room for
-ENDPOINTS = ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
 
 logger = logging.getLogger(__name__)
-
-
-@contextmanager
-def ray_session() -> Iterator[None]:
-    """Have Ray initialised inside the block; it may be already (a job that calls another's work).
-
-    A local cluster listens on loopback alone and ends with the block.
-
-    Raises:
-        UserError: RAY_ADDRESS cannot be reached.
-    """
-    if not os.environ.get("RAY_ADDRESS"):
-        # Without it Ray replaces 127.0.0.1 by the machine's address and listens on every interface. Read at its import.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    _start()
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _start() -> None:
-    import ray
-
-    address = os.environ.get("RAY_ADDRESS")
-    quiet: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING, "configure_logging": False}
-    if not address:
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
-        return
-    try:
-        ray.init(address=address, runtime_env={"env_vars": _endpoints()}, **quiet)
-    except ConnectionError as error:
-        raise UserError(f"The Ray cluster that RAY_ADDRESS names, {address}, cannot be reached: {error}") from error
-
-
-def _endpoints() -> dict[str, str]:
-    """Where the services are, for workers on other nodes. Credentials are never handed on: nodes have their own."""
-    found = {name: os.environ[name] for name in ENDPOINTS if os.environ.get(name)}
-    for name in [name for name, value in found.items() if urlsplit(value).password]:
-        logger.warning("%s holds a password and is not handed to the workers: set it on their nodes.", name)
-        del found[name]
-    return found
 
 
 @contextmanager
@@ -92,7 +42,8 @@ def reserved(resources: Resources) -> Iterator[dict[str, Any]]:
         options: dict[str, Any] = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker}
         if resources.accelerator_type:
             options["accelerator_type"] = resources.accelerator_type
-        yield {**options, "scheduling_strategy": PlacementGroupSchedulingStrategy(group)}
+        with keeper().reserved_gpus(group.bundle_count * resources.gpus_per_worker):
+            yield {**options, "scheduling_strategy": PlacementGroupSchedulingStrategy(group)}
     finally:
         remove_placement_group(group)
 

@@ -11,12 +11,15 @@ import logging
 import math
 import os
 import threading
+from contextlib import suppress
 from typing import Any
 
 from diffusion_core.config import UserError
+from diffusion_core.jobs.account import Usage, measured
 from diffusion_core.jobs.record import open_recorder
 from diffusion_core.store import Directory, layout
 from diffusion_core.store.patience import patience
+from diffusion_core.traffic import Traffic
 from diffusion_core.training.run import INTERRUPTED, RunDirectory, TrainSpec
 
 logger = logging.getLogger(__name__)
@@ -38,6 +41,20 @@ def error_key(attempt: int) -> str:
 
 def worker_key(attempt: int, rank: int) -> str:
     return f"{attempt}.worker-{rank}.json"
+
+
+def usage_key(attempt: int, rank: int) -> str:
+    return f"{attempt}.usage-{rank}.json"
+
+
+def usage_of(run: RunDirectory, attempt: int, workers: int) -> Usage:
+    """What the workers of an attempt took; those that died did not tell."""
+    told = Usage()
+    for rank in range(workers):
+        with suppress(FileNotFoundError):
+            found = run.attempts.read_json(usage_key(attempt, rank))
+            told += Usage(found["cpu_seconds"], Traffic(found["bytes_written"], found["s3_requests"]))
+    return told
 
 
 def recorded_error(run: RunDirectory, attempt: int) -> str | None:
@@ -75,7 +92,9 @@ def work(order: dict[str, Any]) -> dict[str, Any] | None:
             os.environ.setdefault(name, value)
         recorder = open_recorder(order["store"], run, spec, order["experiment"]) if world.leads else None
         should_stop = watch.should_stop if watch else lambda: None
-        outcome = train(spec, run, world, recorder, watch, should_stop, order["start"])
+        outcome, usage = measured(lambda: train(spec, run, world, recorder, watch, should_stop, order["start"]))
+        told = {"cpu_seconds": usage.cpu_seconds, **usage.traffic._asdict()}
+        run.attempts.write_json(usage_key(attempt, world.rank), told)
     except UserError as error:
         run.attempts.create_json(error_key(attempt), {"error": str(error)})
         if isinstance(error, DivergedError):
@@ -110,6 +129,7 @@ class Watch:
     def __init__(self, run: RunDirectory, attempt: int, total: float | None) -> None:
         self.total = total
         self._run, self._attempt = run, attempt
+        self._began: float | None = None
         self._done: float | None = None
         self._figures: dict[str, float] = {}
         self._told: tuple[Any, ...] = ()
@@ -121,6 +141,7 @@ class Watch:
     def update(self, done: float, **figures: float) -> None:
         """`done` images are seen."""
         self._done = done
+        self._began = done if self._began is None else self._began
         self._figures.update(figures)
 
     def should_stop(self) -> str | None:
@@ -155,6 +176,6 @@ class Watch:
         now = (self._done, self.total, tuple(sorted(figures.items())))
         if self._done is None or now == self._told:
             return
-        told = {"attempt": self._attempt, "done": self._done, "total": self.total, "figures": figures}
-        self._run.directory.write_json(PROGRESS, told)
+        told = {"attempt": self._attempt, "began": self._began, "done": self._done, "total": self.total}
+        self._run.directory.write_json(PROGRESS, {**told, "figures": figures})
         self._told = now

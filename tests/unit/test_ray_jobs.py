@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from diffusion_core.jobs import backend
-from diffusion_core.jobs.backend import ClusterJob, JobFailed
+from diffusion_core.jobs import ray_jobs
+from diffusion_core.jobs.ray_jobs import RayJob
+from diffusion_core.jobs.transport import JobFailed
 
 TEXT = "".join(f"line {n} äöü\n" for n in range(40))
 
@@ -53,12 +54,12 @@ class _Status(str):
 
 
 @pytest.fixture
-def job_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[JobsApi], ClusterJob]:
-    monkeypatch.setattr(backend, "POLL_S", 0.01)
+def job_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[JobsApi], RayJob]:
+    monkeypatch.setattr(ray_jobs, "POLL_S", 0.01)
 
-    def start(api: JobsApi) -> ClusterJob:
-        monkeypatch.setattr(backend, "_jobs_client", lambda: api)
-        return ClusterJob("generate", "request.json", "generate-1")
+    def start(api: JobsApi) -> RayJob:
+        monkeypatch.setattr(ray_jobs, "_jobs_client", lambda address: api)
+        return RayJob("python -m job", "generate-1")
 
     return start
 
@@ -79,8 +80,8 @@ def test_an_api_that_is_away_for_a_while_does_not_end_the_job(job_of) -> None:
 
 @pytest.mark.parametrize("error", [ConnectionError("refused"), RuntimeError("Request failed with status code 404: x.")])
 def test_an_api_that_stays_away_or_does_not_know_the_job_ends_the_wait(job_of, monkeypatch, error: Exception) -> None:
-    monkeypatch.setattr(backend, "API_PATIENCE_S", 0.05)
-    monkeypatch.setattr(backend, "GRACE_S", 0.05)
+    monkeypatch.setattr(ray_jobs, "API_PATIENCE_S", 0.05)
+    monkeypatch.setattr(ray_jobs, "GRACE_S", 0.05)
     api = JobsApi([30])
     api.fails = [error] * 10_000
     job = job_of(api)
@@ -90,7 +91,7 @@ def test_an_api_that_stays_away_or_does_not_know_the_job_ends_the_wait(job_of, m
 
 
 def test_a_silent_connection_is_made_anew(job_of, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "SILENCE_S", 0.05)
+    monkeypatch.setattr(ray_jobs, "SILENCE_S", 0.05)
     api = JobsApi([], ends_after=1)
     speak = api.tail_job_logs
 

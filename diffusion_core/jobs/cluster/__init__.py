@@ -1,0 +1,1 @@
+"""The cluster plumbing of jobs. Ray is imported here alone, and only where work begins."""
