@@ -12,10 +12,10 @@ from flows import options as o
 from flows.options import DEFAULT_STORE, print_json
 
 if TYPE_CHECKING:
-    from flows.stack import Service
+    from flows.stack.services import Service
 
 config_app = typer.Typer(help="Show a configuration, or what a configuration may hold.")
-stack_app = typer.Typer(help="A Prefect server, an MLflow server and the deployments, on this machine.")
+stack_app = typer.Typer(help="Prefect with its work pool, MLflow and, if asked, a Ray head, on this machine.")
 
 
 def add_to(app: typer.Typer) -> None:
@@ -54,36 +54,50 @@ def schema() -> None:
 @stack_app.command()
 def up(
     store: o.Store = None,
-    prefect_port: Annotated[int, typer.Option("--prefect-port", help="Port of Prefect.", min=1, max=65535)] = 4200,
-    mlflow_port: Annotated[int, typer.Option("--mlflow-port", help="Port of MLflow.", min=1, max=65535)] = 5000,
+    prefect_port: Annotated[
+        int | None, typer.Option("--prefect-port", help="Port of Prefect; default: 4200.", min=1, max=65535)
+    ] = None,
+    mlflow_port: Annotated[
+        int | None, typer.Option("--mlflow-port", help="Port of MLflow; default: 5000.", min=1, max=65535)
+    ] = None,
+    limit: Annotated[
+        list[str] | None, typer.Option("--limit", help="Runs at once of a queue, as training=2; can be repeated.")
+    ] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Also a Ray head with dashboard and token, which the runs then use.")
+    ] = False,
     as_json: o.Json = False,
 ) -> None:
     """Start the stack (what runs already is left alone) and print its addresses."""
     from diffusion_core.stages.checks import check_store
-    from flows import stack
+    from flows.stack import lifecycle, plan, pool
 
-    check_store(store or DEFAULT_STORE)
+    place = store or DEFAULT_STORE
+    limits = pool.limits(limit or [])
+    check_store(place)
     started = time.monotonic()
-    services = stack.up(store or DEFAULT_STORE, prefect_port, mlflow_port)
+    services = lifecycle.up(plan.make(place, prefect_port, mlflow_port, ray), limits)
     _show(services, as_json, f"up after {time.monotonic() - started:.0f} s")
 
 
 @stack_app.command()
 def down(store: o.Store = None, as_json: o.Json = False) -> None:
-    """End the stack."""
-    from flows import stack
+    """End the stack, its runs first."""
+    from flows.stack import lifecycle
 
-    ended = stack.down(store or DEFAULT_STORE)
+    ended = lifecycle.down(store or DEFAULT_STORE)
     _show(ended, as_json, "ended" if ended else "nothing was running")
 
 
 @stack_app.command()
 def status(store: o.Store = None, as_json: o.Json = False) -> None:
-    """Say what of the stack is running."""
-    from flows import stack
+    """Say what of the stack is running; exit status 1 if a service of it is dead."""
+    from flows.stack import services
 
-    services = stack.status(store or DEFAULT_STORE)
-    _show(services, as_json, "" if services else "the stack is down")
+    found = services.status(store or DEFAULT_STORE)
+    _show(found, as_json, "" if found else "the stack is down")
+    if not all(service.alive for service in found):
+        raise typer.Exit(1)
 
 
 def _show(services: list[Service], as_json: bool, news: str) -> None:
@@ -94,6 +108,8 @@ def _show(services: list[Service], as_json: bool, news: str) -> None:
         return
     for service in services:
         state = "running" if service.alive else "ended"
-        typer.echo(f"{service.name:<12} {service.url or '-':<24} {state}, pid {service.pid}, log {service.log}")
+        typer.echo(f"{service.name:<8} {service.url or '-':<24} {state}, pid {service.pid}, log {service.log}")
+    if record := next((service.record for service in services if service.record), None):
+        typer.echo(f"models and figures are recorded in {record}")
     if news:
         typer.echo(news)

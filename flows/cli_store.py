@@ -162,9 +162,9 @@ def list_kind(
 
 def _place(store: str | None) -> str:
     """The store that is meant; a stack that runs for it serves its records."""
-    from flows import stack
+    from flows.stack import services
 
-    stack.adopt(store or DEFAULT_STORE)
+    services.adopt(store or DEFAULT_STORE)
     return store or DEFAULT_STORE
 
 

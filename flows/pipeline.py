@@ -11,11 +11,12 @@ from diffusion_core.stages.config import PipelineConfig
 from diffusion_core.stages.generate import GenerateRequest
 from diffusion_core.stages.pipeline import STEPS, PipelineResult
 from flows import artifacts, last_run
+from flows.announced import announce
 from flows.checked import check_unless_done
 from flows.stages import run_stage
 
 
-@flow(name="diffusion-pipeline")
+@flow(name="diffusion-pipeline", on_running=[announce])
 def diffusion_pipeline(config: PipelineConfig) -> PipelineResult:
     """Images → dataset version → trained bundle → figures → registered model version → generated images."""
     return run_pipeline(config)

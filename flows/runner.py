@@ -47,10 +47,15 @@ def run_flow(name: str, check: Callable[[], None], *arguments: Any) -> Any:
 
 
 def prepare_prefect() -> None:
-    """Settings that have to stand in the environment before Prefect is imported; those of the user win."""
+    """Settings that have to stand in the environment before Prefect is imported, and a look at its server."""
+    set_prefect_defaults()
+    check_address("PREFECT_API_URL", os.environ.get("PREFECT_API_URL"), default_port=443)
+
+
+def set_prefect_defaults() -> None:
+    """The settings alone, of which those of the user win, for whoever talks to another server."""
     for name, value in PREFECT_DEFAULTS.items():
         os.environ.setdefault(name, value)
-    check_address("PREFECT_API_URL", os.environ.get("PREFECT_API_URL"), default_port=443)
 
 
 def _leave(signum: int, _frame: FrameType | None) -> NoReturn:

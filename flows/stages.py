@@ -16,6 +16,7 @@ from diffusion_core.jobs.backend import BackendConfig
 from diffusion_core.jobs.request import Request, Result
 from diffusion_core.stages.registry import STAGES, Entry
 from flows import artifacts
+from flows.announced import announce
 from flows.checked import check_unless_done
 from flows.follow import follow_job
 
@@ -51,7 +52,7 @@ def _flow(entry: Entry) -> Flow[..., Any]:
     # From these Prefect makes the form, and finds the flow of a deployment: by this name, in this module.
     run.__annotations__ = {"request": stage.request, "backend": BackendConfig, "return": stage.result}
     run.__name__ = run.__qualname__ = stage.flow.replace("-", "_")
-    return flow(name=stage.flow, description=entry.summary)(run)
+    return flow(name=stage.flow, description=entry.summary, on_running=[announce])(run)
 
 
 FLOWS = {name: _flow(entry) for name, entry in STAGES.items()}

@@ -109,10 +109,10 @@ def _run_pipeline(given: dict[str, Any], as_json: bool) -> None:
 def _understood(kind: Any, given: dict[str, Any]) -> Any:
     """The options and the configuration; a stack that runs for its store serves it."""
     from diffusion_core.stages.options import understood
-    from flows import stack
+    from flows.stack import services
 
     options, config = understood(kind, given)
-    stack.adopt(config.store)
+    services.adopt(config.store)
     return options, config
 
 

@@ -36,6 +36,8 @@ SETTINGS = {
     "PREFECT_PROFILES_PATH": str(HOME / "prefect" / "profiles.toml"),
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "XDG_CACHE_HOME": str(HOME / "cache"),
+    "XDG_DATA_HOME": str(HOME / "data"),
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",

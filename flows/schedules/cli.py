@@ -101,10 +101,10 @@ def remove(name: Name, store: o.Store = None, as_json: o.Json = False) -> None:
 
 def _server(store: str | None) -> str:
     """The store that is meant, after Prefect was told which server to use."""
-    from flows import stack
     from flows.runner import prepare_prefect
+    from flows.stack import services
 
-    stack.adopt(store or DEFAULT_STORE)
+    services.adopt(store or DEFAULT_STORE)
     prepare_prefect()
     return store or DEFAULT_STORE
 

@@ -23,11 +23,13 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Cancelling
 
+from flows.announced import announce
+
 PATIENCE_S, POLL_S = 90.0, 2.0
 _STARTED = (StateType.RUNNING, StateType.PENDING, StateType.CANCELLING, StateType.PAUSED)
 
 
-@flow(name="replace-running", persist_result=False)
+@flow(name="replace-running", persist_result=False, on_running=[announce])
 def replace_running(deployment: str) -> None:
     """Cancel what runs of a deployment, wait until it has ended, and start it anew.
 

@@ -23,6 +23,7 @@ from diffusion_core.stages.config import PipelineConfig
 from diffusion_core.stages.shard import ShardRequest, ShardResult
 from diffusion_core.store import Directory, layout
 from flows import events
+from flows.announced import announce
 from flows.schedules.overrides import resolve
 from flows.schedules.runs import Fields, Preset, Store
 from flows.stages import run_stage
@@ -50,7 +51,7 @@ class Seen(Config):
     made: float | None = Field(None, description="Unix time at which that was.")
 
 
-@flow(name="watch-source", persist_result=False)
+@flow(name="watch-source", persist_result=False, on_running=[announce])
 def watch(
     store: Store,
     preset: Preset = None,

@@ -1,10 +1,16 @@
-"""The long-lived local stack: it serves the deployments, a cancelled flow ends its job, and the stack itself ends."""
+"""The long-lived local stack: queues, a final state for every run, a closed Ray head, and its own end.
+
+One stack serves all tests of this file, in their order, because starting one takes long.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -20,29 +26,38 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from diffusion_core.data.shards import Batch, write_dataset
 from diffusion_core.networks.config import UNetConfig
+from diffusion_core.stages.generate import GenerateRequest
 from diffusion_core.stages.train import TrainRequest
 from diffusion_core.store import Directory
 from diffusion_core.training.config import TrainingConfig
 from diffusion_core.training.run import TrainSpec
 
-DEPLOYMENTS = {
-    "shard-dataset/shard-dataset",
-    "train-model/train-model",
-    "evaluate-model/evaluate-model",
-    "compare-samplers/compare-samplers",
-    "export-average/export-average",
-    "generate-images/generate-images",
-    "register-model/register-model",
-    "diffusion-pipeline/digits",
-    "diffusion-pipeline/fashion-mnist",
-    "diffusion-pipeline/cifar10",
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+ROOT = Path(__file__).parent.parent.parent
+QUEUES = {
+    "shard-dataset/shard-dataset": "default",
+    "train-model/train-model": "training",
+    "evaluate-model/evaluate-model": "default",
+    "compare-samplers/compare-samplers": "default",
+    "export-average/export-average": "default",
+    "register-model/register-model": "default",
+    "generate-images/generate-images": "generation",
+    "diffusion-pipeline/digits": "training",
+    "diffusion-pipeline/fashion-mnist": "training",
+    "diffusion-pipeline/cifar10": "training",
 }
 
 
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own."""
+    command = [sys.executable, "-m", "flows.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
 def diffusion(*arguments: str) -> Any:
-    """Run the command in a process of its own and return the JSON that it prints."""
-    command = [sys.executable, "-m", "flows.cli", *arguments, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    """Run the command and return the JSON that it prints."""
+    done = run(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -93,88 +108,212 @@ class Api:
             with attempt, urllib.request.urlopen(request, timeout=30) as answer:
                 return json.loads(answer.read() or "null")
 
+    def deployments(self) -> dict[str, Any]:
+        flows = {flow["id"]: flow["name"] for flow in self("flows/filter", {})}
+        return {f"{flows[item['flow_id']]}/{item['name']}": item for item in self("deployments/filter", {})}
+
+    def start(self, deployment: str, parameters: dict[str, Any], tags: tuple[str, ...] = ()) -> str:
+        """Ask for a run, as a person does in the UI; its id."""
+        body = {"parameters": parameters, "tags": tags, "state": {"type": "SCHEDULED"}}
+        return str(self(f"deployments/{self.deployments()[deployment]['id']}/create_flow_run", body)["id"])
+
+    def run(self, run_id: str) -> Any:
+        return self(f"flow_runs/{run_id}")
+
+    def wait_for(self, run_id: str, *states: str, seconds: float = 90) -> Any:
+        return wait_for(lambda: self.run(run_id)["state"]["type"] in states, f"{states}", seconds) and self.run(run_id)
+
 
 def _is_busy(error: BaseException) -> bool:
     """Prefect answers 503 while its database is locked, and its own clients ask again then."""
     return isinstance(error, urllib.error.HTTPError) and error.code == 503
 
 
-@pytest.fixture
-def stack(store: str, ray_cluster: object) -> Iterator[dict[str, dict[str, Any]]]:
-    """The services of a stack, which is down again afterwards."""
-    prefect_port, mlflow_port = (free_port(), free_port())
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return Directory(tmp_path_factory.mktemp("stack") / "store").uri
+
+
+@pytest.fixture(scope="module")
+def up(store: str) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Brings the stack up, with what of it is down; it is down again after the last test."""
+    ports = ("--prefect-port", free_port(), "--mlflow-port", free_port())
+
+    def start() -> dict[str, Any]:
+        services = diffusion("stack", "up", "--ray", "--store", store, *ports)
+        return {service["name"]: service for service in services}
+
     try:
-        started = diffusion(
-            "stack", "up", "--store", store, "--prefect-port", prefect_port, "--mlflow-port", mlflow_port
-        )
-        yield {service["name"]: service for service in started}
+        yield start
     finally:
         diffusion("stack", "down", "--store", store)
 
 
-def train_request(store: str) -> TrainRequest:
-    """A training that would take hours."""
+@pytest.fixture(scope="module")
+def stack(up: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    return up()
+
+
+@pytest.fixture(scope="module")
+def api(stack: dict[str, Any]) -> Api:
+    return Api(stack["prefect"]["url"])
+
+
+@pytest.fixture(scope="module")
+def training(store: str) -> dict[str, Any]:
+    """Parameters of a training that would take hours."""
     images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), dtype=np.uint8)
     dataset = write_dataset(store, "toy", {"train": Batch(images)})
-    spec = TrainSpec(
-        dataset_uri=dataset.uri,
-        network=UNetConfig(base_channels=8, channel_multipliers=(1, 2), blocks_per_level=1, head_channels=8),
-        training=TrainingConfig(
-            batch_size=8, microbatch_size=4, images=10_000_000, checkpoint_every_images=64, preview_every_images=0
+    request = TrainRequest(
+        store=store,
+        spec=TrainSpec(
+            dataset_uri=dataset.uri,
+            network=UNetConfig(base_channels=8, channel_multipliers=(1, 2), blocks_per_level=1, head_channels=8),
+            training=TrainingConfig(
+                batch_size=8, microbatch_size=4, images=10_000_000, checkpoint_every_images=64, preview_every_images=0
+            ),
         ),
     )
-    return TrainRequest(store=store, spec=spec)
+    return {"request": request.model_dump(mode="json")}
 
 
-@pytest.mark.timeout(420)
-@pytest.mark.slow
-def test_up_cancel_down(stack: dict[str, dict[str, Any]], store: str) -> None:
-    assert set(stack) == {"prefect", "mlflow", "deployments"}
-    again = diffusion("stack", "up", "--store", store)
-    assert {service["pid"] for service in again} == {service["pid"] for service in stack.values()}
-    assert all(service["alive"] for service in diffusion("stack", "status", "--store", store))
+def test_up_twice_is_one_stack_and_its_deployments_have_queues(
+    stack: dict[str, Any], up: Callable[[], dict[str, Any]], api: Api, store: str
+) -> None:
+    assert list(stack) == ["prefect", "mlflow", "ray", "worker", "watcher"]
     with urllib.request.urlopen(f"{stack['mlflow']['url']}/health", timeout=10) as answer:
         assert answer.status == 200
-
-    api = Api(stack["prefect"]["url"])
-    served = wait_for(lambda: _all_deployments(api), "the deployments")
+    served = api.deployments()
+    assert QUEUES.items() <= {name: item["work_queue_name"] for name, item in served.items()}.items()
     assert served["diffusion-pipeline/digits"]["parameters"]["config"]["network"]["channel_multipliers"] == [1, 2]
 
-    _check_that_schedules_make_runs(api, served["diffusion-pipeline/digits"]["id"])
-
-    request = train_request(store)
-    parameters = {"request": request.model_dump(mode="json")}
-    deployment = served["train-model/train-model"]["id"]
-    run = api(f"deployments/{deployment}/create_flow_run", {"parameters": parameters, "state": {"type": "SCHEDULED"}})
-    checkpoints = Directory(store) / "runs"
-    wait_for(lambda: any("checkpoints/" in entry.key for entry in checkpoints.list()), "a checkpoint", 180)
-    jobs = wait_for(lambda: processes_about(f"{store}/jobs/train-"), "the job")
-    logs = api("logs/filter", {"logs": {"flow_run_id": {"any_": [run["id"]]}}})
-    assert any("train" in log["message"] for log in logs)
-
-    api(f"flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLING"}})
-    wait_for(lambda: api(f"flow_runs/{run['id']}")["state"]["type"] == "CANCELLED", "the cancelled state", 120)
-    wait_for(lambda: not any(map(alive, jobs)), "the end of the job", 60)
-    assert processes_about(store + "/jobs/") == []
-
-    ended = diffusion("stack", "down", "--store", store)
-    assert {service["name"] for service in ended} == set(stack)
-    assert not any(alive(service["pid"]) for service in stack.values())
-    assert diffusion("stack", "status", "--store", store) == []
+    digits = f"deployments/{served['diffusion-pipeline/digits']['id']}"
+    _check_that_schedules_make_runs(api, digits)
+    api(digits, {"tags": ["restart-after-crash"]}, "PATCH")
+    assert {name: service["pid"] for name, service in up().items()} == {
+        name: service["pid"] for name, service in stack.items()
+    }
+    assert "restart-after-crash" in api(digits)["tags"]
+    shown = run("stack", "status", "--store", store)
+    assert shown.returncode == 0 and f"recorded in sqlite:///{Directory(store).local_path}/mlflow.db" in shown.stdout
 
 
 def _check_that_schedules_make_runs(api: Api, deployment: str) -> None:
     """A schedule that begins far from now, so that its runs are made and none of them starts."""
     later = {"interval": 3600, "anchor_date": "2020-01-01T00:30:00Z", "timezone": "UTC"}
-    schedule = api(f"deployments/{deployment}/schedules", [{"active": True, "schedule": later}])[0]
-    ours = {"flow_runs": {"deployment_id": {"any_": [deployment]}, "state": {"type": {"any_": ["SCHEDULED"]}}}}
+    schedule = api(f"{deployment}/schedules", [{"active": True, "schedule": later}])[0]
+    scheduled = {"type": {"any_": ["SCHEDULED"]}}
+    ours = {"flow_runs": {"deployment_id": {"any_": [deployment.split("/")[1]]}, "state": scheduled}}
     runs = wait_for(lambda: api("flow_runs/filter", ours), "runs of the schedule", 120)
     assert all(run["auto_scheduled"] and run["created_by"]["type"] == "SCHEDULE" for run in runs)
-    api(f"deployments/{deployment}/schedules/{schedule['id']}", method="DELETE")
+    api(f"{deployment}/schedules/{schedule['id']}", method="DELETE")
     wait_for(lambda: not api("flow_runs/filter", ours), "the end of the scheduled runs")
 
 
-def _all_deployments(api: Api) -> dict[str, Any] | None:
-    flows = {flow["id"]: flow["name"] for flow in api("flows/filter", {})}
-    found = {f"{flows[item['flow_id']]}/{item['name']}": item for item in api("deployments/filter", {})}
-    return found if set(found) >= DEPLOYMENTS else None
+def test_other_ports_and_taken_ports_are_one_sentence(stack: dict[str, Any], store: str, tmp_path: Path) -> None:
+    port = stack["prefect"]["url"].rpartition(":")[2]
+    refused = run("stack", "up", "--store", store, "--prefect-port", free_port())
+    assert refused.returncode == 2 and f"runs on port {port} already" in refused.stderr
+    other = tmp_path / "other"
+    refused = run("stack", "up", "--store", str(other), "--prefect-port", free_port(), "--mlflow-port", port)
+    assert refused.returncode == 2 and f"port {port} is taken by the stack of the store {store}" in refused.stderr
+    assert refused.stderr.count("\n") == 1 and not (other / "stack").exists(), "something was started"
+
+
+def test_everything_listens_on_loopback_and_ray_wants_its_token(stack: dict[str, Any], store: str) -> None:
+    sessions = {str(service["pid"]) for service in stack.values()}
+    shown = subprocess.run(["ps", "-eo", "pid=,sid="], capture_output=True, text=True, check=True).stdout
+    ours = {pid for pid, session in map(str.split, shown.splitlines()) if session in sessions}
+    listening = subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True, check=True).stdout.splitlines()
+    addresses = [line.split()[3] for line in listening if ours & set(re.findall(r"pid=(\d+)", line))]
+    assert len(addresses) > 8
+    assert {address.rpartition(":")[0] for address in addresses} <= {"127.0.0.1", "[::ffff:127.0.0.1]"}
+
+    token = Directory(store).local_path / "stack" / "ray-token"
+    assert token.stat().st_mode & 0o777 == 0o600
+    jobs = f"{stack['ray']['url']}/api/jobs/"
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(jobs, timeout=10)
+    allowed = urllib.request.Request(jobs, headers={"Authorization": f"Bearer {token.read_text()}"})
+    with urllib.request.urlopen(allowed, timeout=10) as answer:
+        assert answer.status == 200
+
+
+def test_generation_starts_during_a_training_and_a_cancel_needs_no_worker(
+    stack: dict[str, Any], api: Api, store: str, training: dict[str, Any]
+) -> None:
+    trained = api.start("train-model/train-model", training)
+    checkpoints = Directory(store) / "runs"
+    wait_for(lambda: any("checkpoints/" in entry.key for entry in checkpoints.list()), "a checkpoint", 180)
+    assert processes_about(f"{store}/jobs/train-")
+
+    asked_at = time.monotonic()
+    request = GenerateRequest(store=store, model="models:/nothing/1")
+    generated = api.start("generate-images/generate-images", {"request": request.model_dump(mode="json")})
+    api.wait_for(generated, "RUNNING", "FAILED", seconds=60)
+    print(f"the generation started after {time.monotonic() - asked_at:.1f} s")
+    assert api.run(trained)["state"]["type"] == "RUNNING"
+
+    os.kill(stack["worker"]["pid"], signal.SIGKILL)
+    assert run("stack", "status", "--store", store).returncode == 1
+    api(f"flow_runs/{trained}/set_state", {"state": {"type": "CANCELLING"}})
+    api.wait_for(trained, "CANCELLED", seconds=60)
+    assert processes_about(f"{store}/jobs/") == []
+
+
+def test_a_killed_run_is_crashed_with_its_reason_and_starts_again_if_asked(
+    up: Callable[[], dict[str, Any]], api: Api, store: str, training: dict[str, Any]
+) -> None:
+    stack = up()
+    killed = api.start("train-model/train-model", training, tags=("restart-after-crash",))
+    api.wait_for(killed, "RUNNING")
+    wait_for(lambda: processes_about(f"{store}/jobs/train-"), "the job")
+    pid = api.run(killed)["labels"]["diffusion.pid"]
+    for victim in (stack["worker"]["pid"], pid):
+        os.kill(victim, signal.SIGKILL)
+    state = api.wait_for(killed, "CRASHED", seconds=60)["state"]
+    assert f"pid {pid}" in state["message"]
+    wait_for(lambda: not processes_about(f"{store}/jobs/"), "the end of the job", 60)
+
+    up()
+    (again,) = (run for run in api("flow_runs/filter", {}) if run["labels"].get("diffusion.restarts"))
+    assert again["parameters"] == api.run(killed)["parameters"]
+    api.wait_for(again["id"], "RUNNING")
+    wait_for(lambda: processes_about(f"{store}/jobs/train-"), "the job")
+    api(f"flow_runs/{again['id']}/set_state", {"state": {"type": "CANCELLING"}})
+    api.wait_for(again["id"], "CANCELLED", seconds=60)
+    assert processes_about(f"{store}/jobs/") == []
+
+
+def test_prefect_deploy_makes_the_same_deployments(api: Api, stack: dict[str, Any], store: str) -> None:
+    before = api.deployments()
+    environment = {**os.environ, "PREFECT_API_URL": f"{stack['prefect']['url']}/api", "DIFFUSION_STORE": store}
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    command += ["--prefect-file", str(ROOT / "infra" / "prefect.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = api.deployments()
+    for name, queue in QUEUES.items():
+        assert after[name]["work_queue_name"] == queue and after[name]["entrypoint"] == before[name]["entrypoint"]
+    assert after["diffusion-pipeline/digits"]["parameters"]["config"]["store"] == store
+
+    request = GenerateRequest(store=store, model="models:/nothing/1")
+    refused = api.start("generate-images/generate-images", {"request": request.model_dump(mode="json")})
+    assert "nothing" in api.wait_for(refused, "FAILED")["state"]["message"]
+
+
+def test_down_ends_what_is_going_and_says_why(api: Api, store: str, training: dict[str, Any]) -> None:
+    going = api.start("train-model/train-model", training)
+    api.wait_for(going, "RUNNING")
+    wait_for(lambda: processes_about(f"{store}/jobs/train-"), "the job")
+    running = diffusion("stack", "status", "--store", store)
+    ended = diffusion("stack", "down", "--store", store)
+    assert {service["name"] for service in ended} == {"prefect", "mlflow", "ray", "worker", "watcher"}
+    assert not any(alive(service["pid"]) for service in running)
+    assert processes_about(store) == []
+    assert diffusion("stack", "status", "--store", store) == []
+    with sqlite3.connect(Directory(store).local_path / "stack" / "prefect.db") as database:
+        states = database.execute(
+            "select type, message from flow_run_state where flow_run_id = ? order by timestamp", [going]
+        ).fetchall()
+    assert states[-1][0] == "CRASHED" and "taken down" in states[-1][1]

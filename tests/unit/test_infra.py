@@ -51,3 +51,26 @@ def test_the_image_copies_what_is_there() -> None:
 def test_the_readme_says_what_was_never_run(name: str) -> None:
     (row,) = (line for line in (INFRA / "README.md").read_text().splitlines() if line.startswith(f"| `{name}`"))
     assert re.search("never (built|started|applied) yet", row)
+
+
+def test_prefect_yaml_is_what_the_code_makes() -> None:
+    from flows.stack import shared
+
+    assert (INFRA / "prefect.yaml").read_text() == shared.text(), (
+        "run: python -m flows.stack.shared > infra/prefect.yaml"
+    )
+
+
+def test_prefect_yaml_means_the_deployments_of_the_stack() -> None:
+    from diffusion_core.stages.config import PipelineConfig
+    from flows.stack import pool
+
+    written = {item["name"]: item for item in _yaml("prefect.yaml")["deployments"]}
+    for deployment in pool.deployments("{{ $DIFFUSION_STORE }}"):
+        item = written[str(deployment.name)]
+        assert item["work_pool"] == {"name": pool.POOL, "work_queue_name": deployment.work_queue_name}
+        if "config" in item["parameters"]:
+            meant, said = (
+                PipelineConfig.model_validate(each["config"]) for each in (item["parameters"], deployment.parameters)
+            )
+            assert meant.model_copy(update={"store": ""}) == said.model_copy(update={"store": ""})

@@ -1,0 +1,64 @@
+"""Telling a process from another with the same id, with and without /proc and ps, and ending one with its group."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from diffusion_core.config import UserError
+from flows import processes
+from flows.processes import Process
+
+SYSTEMS = [
+    pytest.param("/proc", marks=pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc here")),
+    pytest.param("/nowhere", marks=pytest.mark.skipif(shutil.which("ps") is None, reason="no ps here")),
+]
+
+
+@pytest.mark.parametrize("proc", SYSTEMS)
+def test_when_a_process_started(proc: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "PROC", Path(proc))
+    if proc == "/proc":
+        monkeypatch.setenv("PATH", "")
+    started = processes.started(os.getpid())
+    assert started and processes.started(os.getpid()) == started
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert processes.started(child.pid)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert processes.started(child.pid) == "", "a zombie"
+    child.communicate()
+    assert processes.started(child.pid) == ""
+
+
+def test_without_proc_and_ps_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "PROC", Path("/nowhere"))
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="program ps"):
+        processes.started(os.getpid())
+
+
+def test_a_group_ends_with_the_members_that_do_not_want_to(tmp_path: Path) -> None:
+    stubborn = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+    )
+    lead = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {stubborn!r}])"
+    log = tmp_path / "log"
+    leader = processes.start([sys.executable, "-c", lead], {}, log)
+    while "deaf" not in log.read_text():
+        time.sleep(0.05)
+    assert leader.alive and os.getsid(leader.pid) == leader.pid
+
+    processes.end_group(Process(leader.pid, "another start"))
+    assert leader.alive, "the group of somebody who got the same id"
+    processes.end_group(leader, patience_s=5)
+    assert not leader.alive
+    shown = subprocess.run(["ps", "-eo", "pgid=,stat="], capture_output=True, text=True, check=True).stdout
+    states = [state for group, state in map(str.split, shown.splitlines()) if group == str(leader.pid)]
+    assert all(state.startswith("Z") for state in states), "a member outlived its group"
