@@ -19,7 +19,7 @@ from diffusion_core.jobs.context import IDS
 from diffusion_core.jobs.running import RUNNING, Running
 from diffusion_core.jobs.transport import GRACE_S, JobFailed
 from diffusion_core.processes import is_gone
-from diffusion_core.store import Directory
+from diffusion_core.store import Directory, layout
 from diffusion_core.store.patience import patience
 
 _POLL_S = 0.2
@@ -38,7 +38,7 @@ class Orphan:
 
     @property
     def place(self) -> Directory:
-        return Directory(self.store) / f"jobs/{self.job_id}"
+        return Directory(self.store) / layout.job(self.job_id)
 
 
 def stop_orphans(store: str) -> list[Orphan]:
@@ -80,7 +80,7 @@ def close_record(store: str, job_id: str) -> None:
     mlflow_run_id = None
     try:
         with patience(_PATIENCE_S):
-            mlflow_run_id = _recorded_in(Directory(store) / f"jobs/{job_id}")
+            mlflow_run_id = _recorded_in(Directory(store) / layout.job(job_id))
             if mlflow_run_id and not _goes_on(store, job_id, mlflow_run_id):
                 from diffusion_core.tracking import end_run
 
@@ -96,7 +96,7 @@ def _goes_on(store: str, job_id: str, mlflow_run_id: str) -> bool:
 
 
 def _waited_for(store: str) -> Iterator[Orphan]:
-    jobs = Directory(store) / "jobs"
+    jobs = Directory(store) / layout.JOBS
     for key in [entry.key for entry in jobs.list()]:
         job_id, _, name = key.partition("/")
         if name == RUNNING and (found := running.read(jobs / job_id)):

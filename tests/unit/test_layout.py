@@ -87,6 +87,7 @@ PATHS = {
     layout.COMPARISON_TABLE: "comparison.md",
     layout.COMPARISON_PICTURE: "comparison.png",
     layout.REQUEST: "request.json",
+    layout.IDS: "ids.json",
     layout.RESULT: "result.json",
     layout.ERROR: "error.json",
     layout.LOG: "log.txt",
