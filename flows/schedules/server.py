@@ -38,8 +38,8 @@ from flows.schedules import overrides, runs
 from flows.schedules.config import IfRunning, ScheduleConfig, What
 from flows.schedules.replace import replace_running
 from flows.schedules.watch import watch
+from flows.stack.pool import POOL
 
-POOL = "diffusion"
 TRAINING, GENERATION, DEFAULT = "training", "generation", "default"
 TAG = "schedule"
 

@@ -63,13 +63,15 @@ def down(store: str) -> list[Service]:
 
 
 def _fill(wanted: Plan, limits: Mapping[str, int], deployments: Sequence[RunnerDeployment]) -> None:
-    """Bring pool, queues and deployments up to date, and settle the runs of before."""
+    """Bring pool, queues and deployments up to date, and settle the runs of before with their jobs."""
+    from diffusion_core.jobs.orphans import stop_orphans
     from flows.stack import settle
 
     with connected(wanted.api) as client:
         asyncio.run(pool.prepare(limits))
         asyncio.run(pool.register(deployments))
         settle.settle(client, services.running(wanted.store, "worker"))
+    stop_orphans(wanted.store)
 
 
 def _take_down(worker: Service, prefect: Service | None) -> None:

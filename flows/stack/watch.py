@@ -1,4 +1,4 @@
-"""The watcher of a stack, `python -m flows.stack.watch --store …`: settles dead runs every few seconds."""
+"""The watcher of a stack, `python -m flows.stack.watch --store …`: ends dead runs and their jobs every few seconds."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ logger = logging.getLogger(__name__)
 
 def watch(store: str) -> None:
     """Settle dead runs for as long as the record of the stack names a watcher."""
+    from diffusion_core.jobs.orphans import stop_orphans
     from flows.stack.settle import settle
 
     with connected(os.environ["PREFECT_API_URL"]) as client:
         while any(service.name == "watcher" for service in services.status(store)):
             try:
-                settle(client, services.running(store, "worker"))
+                if settle(client, services.running(store, "worker")):
+                    stop_orphans(store)
             except Exception as error:  # whatever it is, as a server that is away: the next look may succeed
                 logger.warning("The runs could not be looked at: %s", error)
             time.sleep(EVERY_S)
