@@ -7,6 +7,8 @@ from typing import TypeVar
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
+from diffusion_core.bundle import SAMPLES
+from diffusion_core.config import UserError
 from diffusion_core.jobs.requests import (
     CompareResult,
     EvaluateResult,
@@ -16,6 +18,7 @@ from diffusion_core.jobs.requests import (
     TrainResult,
 )
 from diffusion_core.storage import Directory
+from diffusion_core.tracking import resolve_model
 from flows import results
 from flows.results import PipelineResult, Rows
 
@@ -64,6 +67,14 @@ def _table(result: ResultT, key: str, title: str, rows: Rows, picture: str | Non
         text += f"\n\n{embedded(picture)}"
     create_markdown_artifact(text, key=key, description=title)
     return result
+
+
+def samples_of(model: str, version: int, store: str) -> str:
+    """The sample sheet of a model version as Markdown, or why there is none."""
+    try:
+        return embedded(f"{resolve_model(f'models:/{model}/{version}', store).bundle_uri}/{SAMPLES}")
+    except (UserError, FileNotFoundError) as error:
+        return f"There is no sample sheet: {error}"
 
 
 def embedded(picture_uri: str) -> str:

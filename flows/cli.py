@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows import cli_setup, cli_store
+from flows import cli_automation, cli_setup, cli_store
 from flows import options as o
 
 if TYPE_CHECKING:
@@ -340,6 +340,7 @@ def _show(result: Any, rows: Any, as_json: bool) -> None:
 
 cli_store.add_to(app)
 cli_setup.add_to(app)
+cli_automation.add_to(app)
 
 if __name__ == "__main__":
     sys.exit(main())

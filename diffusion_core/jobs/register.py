@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from diffusion_core.bundle import read_bundle_config
 from diffusion_core.config import UserError
 from diffusion_core.data.shards import open_dataset
-from diffusion_core.evaluation.config import EvaluationConfig, GateConfig
+from diffusion_core.evaluation.config import Approval, EvaluationConfig, GateConfig
 from diffusion_core.evaluation.identity import distance_name
 from diffusion_core.jobs.evaluate import Evaluation, check_comparable, evaluate, samples_of
 from diffusion_core.jobs.protocol import main
@@ -23,6 +24,7 @@ from diffusion_core.jobs.requests import RegisterRequest, RegisterResult
 from diffusion_core.jobs.turns import Waiting
 from diffusion_core.lease import Lease, acquire
 from diffusion_core.storage import Directory
+from diffusion_core.tracking.approval import Question
 
 _ATTEMPTS = 3
 
@@ -37,13 +39,18 @@ class Verdict:
     reason: str
     figures: dict[str, Any]
     computed: bool = True
+    question: Question | None = None
+    """What a person has to answer first."""
 
 
 def run(request: RegisterRequest) -> RegisterResult:
     """Register the bundle as a version, alias `candidate`; `champion` if the gate lets it pass.
 
-    A bundle that has a version keeps it, and evaluations that are done are found, so that doing it again is quick.
+    A bundle that has a version keeps it, and evaluations that are done are found, so that doing it again is quick. That
+    is how a gate with `approval: ask` concludes: it ends with a question, and done again it finds the answer.
     """
+    from diffusion_core.tracking import champion_before
+
     started = time.monotonic()
     dataset = open_dataset(request.dataset_uri)
     samples_of(request.evaluation, dataset)
@@ -62,6 +69,8 @@ def run(request: RegisterRequest) -> RegisterResult:
         promoted=verdict.passed,
         reason=verdict.reason,
         figures=verdict.figures,
+        previous=champion_before(request.store, request.model) if verdict.passed else None,
+        question=verdict.question,
     )
 
 
@@ -87,6 +96,8 @@ def _gate(request: RegisterRequest, version: int, lease: Lease) -> tuple[Verdict
     for _ in range(_ATTEMPTS):
         present = champion(request.store, request.model)
         verdict = _decide(request, version, present)
+        if verdict.passed and present != version and request.gate.approval is Approval.ASK:
+            verdict = _asked(request, version, present, verdict)
         if champion(request.store, request.model) != present:
             continue  # someone promoted or rolled back by hand meanwhile
         if not lease.still_mine():
@@ -100,6 +111,34 @@ def _gate(request: RegisterRequest, version: int, lease: Lease) -> tuple[Verdict
             promote(request.model, version, request.store)
         return verdict, promoted_now
     raise UserError(f"The champion of {request.model!r} is being changed by someone else all the time: try again.")
+
+
+def _asked(request: RegisterRequest, version: int, present: int | None, verdict: Verdict) -> Verdict:
+    """What a person says of a version that passes by its figures; until then a verdict with a question."""
+    from diffusion_core.tracking import approval, resolve_model
+
+    now = datetime.now(UTC)
+    digests = [
+        None if number is None else resolve_model(f"models:/{request.model}/{number}", request.store).digest
+        for number in (version, present)
+    ]
+    question, answer = approval.ask(
+        request.store,
+        Question(
+            id=approval.question_id(version, *digests),
+            model=request.model,
+            version=version,
+            champion=present,
+            reason=verdict.reason,
+            figures=verdict.figures,
+            asked_at=now,
+            deadline=now + timedelta(hours=request.gate.approval_timeout_h),
+        ),
+    )
+    approval.show(request.store, question, answer)
+    if answer is None:
+        return replace(verdict, passed=False, question=question, reason=f"{verdict.reason} A person is asked.")
+    return replace(verdict, passed=answer.accepted, reason=f"{verdict.reason} {answer.sentence}")
 
 
 def _decide(request: RegisterRequest, version: int, present: int | None) -> Verdict:

@@ -13,6 +13,7 @@ from diffusion_core.evaluation.comparison import Comparison
 from diffusion_core.evaluation.config import ComparisonConfig, EvaluationConfig, GateConfig
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.networks.config import NetworkConfig, UNetConfig
+from diffusion_core.tracking.approval import Question
 from diffusion_core.training.config import TrainingConfig
 
 
@@ -119,6 +120,8 @@ class RegisterResult(Result):
     promoted: bool = Field(description="True if this version holds the alias champion after the gate.")
     reason: str = Field(description="One sentence: why the gate let it pass, or not.")
     figures: dict[str, Any] = Field(description="The comparison that the gate made.")
+    previous: int | None = Field(None, description="The champion before this one, if this one is the champion.")
+    question: Question | None = Field(None, description="What a person has to answer before the gate can conclude.")
 
 
 class GenerateRequest(Request):

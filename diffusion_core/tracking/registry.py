@@ -123,6 +123,11 @@ def champion_history(store: str | Directory, model: str) -> list[int]:
     return [*kept, present]
 
 
+def champion_before(store: str | Directory, model: str) -> int | None:
+    """The version that was champion before the present one; None if there was none."""
+    return (champion_history(store, model)[:-1] or [None])[-1]
+
+
 def promote(model: str, version: int, store: str | Directory) -> None:
     """Make a version the champion, whatever the gate said. `UserError` if there is no such version."""
     find_version(f"models:/{model}/{version}", store)
