@@ -43,7 +43,7 @@ bench: $(TEST_READY)
 # Resolves everything anew and pins what came out. torch keeps its pin: another build could pull gigabytes of CUDA.
 constraints:
 	rm -rf build/constraints && $(PYTHON) -m venv build/constraints
-	build/constraints/bin/pip install "$$(grep '^torch==' infra/constraints.txt)" -e '.[test,lint,bench]'
+	build/constraints/bin/pip install "$$(grep '^torch==' infra/constraints.txt)" -e '.[test,lint,bench,kubernetes]'
 	head -n 1 infra/constraints.txt > build/constraints/pins.txt
 	build/constraints/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' >> build/constraints/pins.txt
 	mv build/constraints/pins.txt infra/constraints.txt && rm -rf build/constraints
@@ -61,5 +61,5 @@ $(DEMO_READY): .venv/bin/python
 	@rm -f .venv/ready-demo-* && touch $@
 
 $(TEST_READY): .venv/bin/python
-	$(BIN)/pip install --quiet --disable-pip-version-check -c infra/constraints.txt -e '.[test,lint,bench]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c infra/constraints.txt -e '.[test,lint,bench,kubernetes]'
 	@rm -f .venv/ready-* && touch $@ $(DEMO_READY)

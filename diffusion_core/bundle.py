@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 from diffusion_core.config import Config, UserError, digest, execution, explain, identity, later
 from diffusion_core.diffusion.config import ProcessConfig
 from diffusion_core.networks.config import NetworkConfig
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from diffusion_core.diffusion.process import GaussianProcess
 
 SCHEMA_VERSION = 1
-RECORD, WEIGHTS, CONFIG, SAMPLES, CARD = "bundle.json", "model.safetensors", "config.json", "samples.png", "README.md"
 
 
 class DatasetReference(Config):
@@ -87,19 +86,19 @@ def save_bundle(directory: Directory, config: BundleConfig, weights: dict[str, T
         weights: `state_dict` of the network, with the averaged weights, on any device.
         samples_png: a picture of a few samples, PNG.
     """
-    if directory.exists(RECORD):
+    if directory.exists(layout.BUNDLE):
         return bundle_digest(directory.uri)
     from safetensors.torch import save
 
     weight_bytes = save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
     files = {
-        WEIGHTS: weight_bytes,
-        CONFIG: (config.model_dump_json(indent=2) + "\n").encode(),
-        SAMPLES: samples_png,
-        CARD: model_card(config).encode(),
+        layout.WEIGHTS: weight_bytes,
+        layout.CONFIG: (config.model_dump_json(indent=2) + "\n").encode(),
+        layout.SAMPLES: samples_png,
+        layout.CARD: model_card(config).encode(),
     }
     for name, data in files.items():
-        if not directory.create(name, data) and directory.read(name) != data and not directory.exists(RECORD):
+        if not directory.create(name, data) and directory.read(name) != data and not directory.exists(layout.BUNDLE):
             directory.write(name, data)
     record = {
         "schema_version": SCHEMA_VERSION,
@@ -107,7 +106,7 @@ def save_bundle(directory: Directory, config: BundleConfig, weights: dict[str, T
         "identity": identity(config),
         "files": {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in files.items()},
     }
-    directory.create_json(RECORD, record)
+    directory.create_json(layout.BUNDLE, record)
     return bundle_digest(directory.uri)
 
 
@@ -127,7 +126,7 @@ def load_bundle(uri: str | Directory, device: str | Any = "cpu") -> Bundle:
     outputs = config.process.output_channels(config.image_shape[2])
     network = build_network(config.network, config.image_shape, config.num_classes, outputs)
     try:
-        network.load_state_dict(load(_verified(place, record, WEIGHTS)))
+        network.load_state_dict(load(_verified(place, record, layout.WEIGHTS)))
     except RuntimeError as error:
         first = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"The weights of the bundle {place.uri} do not fit its network: {first}") from error
@@ -148,7 +147,7 @@ def read_bundle_config(uri: str | Directory) -> BundleConfig:
     place = _place(uri)
     record = _record(place)
     try:
-        config = BundleConfig.model_validate_json(_verified(place, record, CONFIG))
+        config = BundleConfig.model_validate_json(_verified(place, record, layout.CONFIG))
     except ValidationError as error:
         raise UserError(
             f"The bundle {place.uri} cannot be read by this version of the code: {explain(error)}"
@@ -259,20 +258,20 @@ def _place(uri: str | Directory) -> Directory:
 
 def _record(place: Directory) -> dict[str, Any]:
     try:
-        record = place.read_json(RECORD)
+        record = place.read_json(layout.BUNDLE)
         if record.get("schema_version", 1) > SCHEMA_VERSION:
             raise UserError(
                 f"The bundle {place.uri} has schema version {record['schema_version']}; "
                 f"this code reads up to {SCHEMA_VERSION}."
             )
-        weights = record["files"][WEIGHTS]["sha256"]
-        complete = record["digest"] == digest(record["identity"], weights) and CONFIG in record["files"]
+        weights = record["files"][layout.WEIGHTS]["sha256"]
+        complete = record["digest"] == digest(record["identity"], weights) and layout.CONFIG in record["files"]
     except FileNotFoundError:
-        raise UserError(f"{place.uri} is not a model bundle: there is no {RECORD} in it.") from None
+        raise UserError(f"{place.uri} is not a model bundle: there is no {layout.BUNDLE} in it.") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         complete = False
     if not complete:
-        raise UserError(f"{place.uri} is not a model bundle: its {RECORD} cannot be read or was changed.")
+        raise UserError(f"{place.uri} is not a model bundle: its {layout.BUNDLE} cannot be read or was changed.")
     return dict(record)
 
 
@@ -282,7 +281,7 @@ def _verified(place: Directory, record: dict[str, Any], name: str) -> bytes:
     except FileNotFoundError:
         raise UserError(f"The bundle {place.uri} is damaged: {name} is missing.") from None
     if _sha256(data) != record["files"][name]["sha256"]:
-        raise UserError(f"The bundle {place.uri} is damaged: {name} differs from what {RECORD} says.")
+        raise UserError(f"The bundle {place.uri} is damaged: {name} differs from what {layout.BUNDLE} says.")
     return data
 
 

@@ -11,7 +11,7 @@ import shlex
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal, TypeVar, cast
 from uuid import UUID, uuid4
 
 import httpx
@@ -25,11 +25,13 @@ from prefect.states import Paused
 from pydantic import Field, ValidationError
 
 from diffusion_core.config import UserError
-from diffusion_core.jobs.requests import RegisterResult
+from diffusion_core.jobs.request import Result
 from diffusion_core.tracking import approval
 from diffusion_core.tracking.approval import Answer, Question
 from flows import artifacts
 from flows.display import current_display
+
+ResultT = TypeVar("ResultT", bound=Result)
 
 POLL_S = 5.0
 _MARGIN = timedelta(days=30)  # Prefect fails a pause that is over; ours is over first, and ends in good order
@@ -43,13 +45,13 @@ class Decision(RunInput):
     by: str = Field(min_length=1, max_length=200, title="Your name", description="Who says so.")
 
 
-def decided(register: Callable[[], RegisterResult], store: str) -> RegisterResult:
-    """Register a version, and again once a person has answered what the gate asks: then it finds the answer."""
-    while (result := register()).question is not None:
-        _tell(result.question, store)
-        answer = _Wait(result.question, store).answer()
-        current_display().say(f"{result.question.reference}: {answer.sentence}")
-        get_run_logger().info("%s: %s", result.question.reference, answer.sentence)
+def decided(work: Callable[[], ResultT], question: Callable[[ResultT], Question | None], store: str) -> ResultT:
+    """The result of some work, done again after each question of its result to a person: it finds the answer."""
+    while (asked := question(result := work())) is not None:
+        _tell(asked, store)
+        answer = _Wait(asked, store).answer()
+        current_display().say(f"{asked.reference}: {answer.sentence}")
+        get_run_logger().info("%s: %s", asked.reference, answer.sentence)
     return result
 
 
@@ -91,9 +93,11 @@ class _Wait:
         return answer
 
     def _pause(self, client: SyncPrefectClient) -> None:
-        paused = Paused(pause_expiration_time=self._question.deadline + _MARGIN, pause_key=f"approval-{uuid4()}")
+        paused: State[Any] = Paused(
+            pause_expiration_time=self._question.deadline + _MARGIN, pause_key=f"approval-{uuid4()}"
+        )
         self._keys = keyset_from_paused_state(paused)
-        paused.state_details.run_input_keyset = self._keys
+        paused.state_details.run_input_keyset = cast(dict[str, str], self._keys)
         Decision.with_initial_data(description=_description(self._question)).save(self._keys, self._run)
         client.set_flow_run_state(self._run, paused)
 
@@ -102,7 +106,7 @@ class _Wait:
         if self._keys is None:
             return None
         try:
-            said = Decision.load(self._keys, self._run)
+            said = cast(Decision, Decision.load(self._keys, self._run))
         except ValidationError:  # resumed by force, without an answer
             return None
         try:
@@ -121,8 +125,8 @@ def _tell(question: Question, store: str) -> None:
     command = shlex.join(["diffusion", "approve", question.reference, "--accept", "--reason", "…", "--store", store])
     until = f"{question.deadline:%Y-%m-%d %H:%M} UTC"
     sentence = (
-        f"{question.reference} waits for a person until {until}, then it is refused. Answer in the Prefect UI (Resume), "
-        f"or with\n  {command}\n(or --refuse)."
+        f"{question.reference} waits for a person until {until}, then it is refused. Answer in the Prefect UI "
+        f"(Resume), or with\n  {command}\n(or --refuse)."
     )
     current_display().say(sentence)
     get_run_logger().info(sentence)
@@ -149,7 +153,10 @@ def _report(question: Question, store: str, command: str) -> str:
         for name in columns[0]
         if not name.endswith("_error")
     ]
-    table = [f"| figure | version {question.version} | {champion} | held-out real images (floor) |", "|---|---|---|---|"]
+    table = [
+        f"| figure | version {question.version} | {champion} | held-out real images (floor) |",
+        "|---|---|---|---|",
+    ]
     sheets = [
         f"### {title}\n\n{artifacts.samples_of(question.model, version, store)}"
         for title, version in ((f"Version {question.version}", question.version), (champion, question.champion))

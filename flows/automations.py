@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
 from prefect.blocks.webhook import Webhook
@@ -61,14 +61,25 @@ SHIPPED = (
         "A new dataset version, made by anything but a pipeline (which trains on it anyway), is trained on.",
         EventTrigger(expect={"diffusion.dataset.created"}, match_related=[_OURS, _NOT_OF_A_PIPELINE]),
         "train-model/train-model",
-        {"dataset": "{{ event.payload.dataset }}@{{ event.payload.version }}"},
+        {
+            "request": {
+                "store": "{{ event.payload.store }}",
+                "experiment": "{{ event.payload.dataset }}",
+                "spec": {"dataset_uri": "{{ event.payload.uri }}"},
+            }
+        },
     ),
     Shipped(
         "champion-generates",
         "A new champion makes an image set.",
         EventTrigger(expect={"diffusion.champion.changed"}),
         "generate-images/generate-images",
-        {"model": "models:/{{ event.payload.model }}/{{ event.payload.version }}"},
+        {
+            "request": {
+                "store": "{{ event.payload.store }}",
+                "model": "models:/{{ event.payload.model }}/{{ event.payload.version }}",
+            }
+        },
     ),
     Shipped(
         "notify",
@@ -172,7 +183,7 @@ def _webhook(client: SyncPrefectClient, variable: str) -> UUID:
         if not url.startswith(("http://", "https://")):
             raise UserError(f"{variable}: the address of a webhook begins with https:// or http://.")
         block = Webhook(url=url, headers={"Content-Type": "application/json"})
-        return block.save(WEBHOOK_BLOCK, overwrite=True)
+        return cast(UUID, block.save(WEBHOOK_BLOCK, overwrite=True))
     try:
         return client.read_block_document_by_name(WEBHOOK_BLOCK, "webhook", include_secrets=False).id
     except ObjectNotFound:

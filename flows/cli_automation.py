@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flows import options as o
-from flows.cli_store import DEFAULT_STORE, print_json
+from flows.options import DEFAULT_STORE, print_json
 
 automation_app = typer.Typer(help="What may follow from an event by itself: off until it is enabled.")
 
@@ -104,6 +104,7 @@ def _use_server(store: str | None) -> None:
     place = _adopted(store)
     if not os.environ.get("PREFECT_API_URL"):
         raise UserError(
-            f"automation: there is no Prefect server: set PREFECT_API_URL, or start one: diffusion stack up --store {place}"
+            "automation: there is no Prefect server: set PREFECT_API_URL, or start one with "
+            f"diffusion stack up --store {place}."
         )
     prepare_prefect()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows import options as o
-from flows.cli_store import DEFAULT_STORE, print_json
+from flows.options import DEFAULT_STORE, print_json
 
 if TYPE_CHECKING:
     from flows.stack import Service
@@ -34,7 +34,7 @@ def show(
     """Print a whole configuration with all its defaults, ready to be saved as a file for --config."""
     import yaml
 
-    from flows.settings import as_values, load_config
+    from diffusion_core.stages.settings import as_values, load_config
 
     values = as_values(load_config(preset, config_file, settings or ()))
     if as_json:
@@ -46,7 +46,7 @@ def show(
 @config_app.command()
 def schema() -> None:
     """Print the JSON Schema of a configuration: every field with its description, bounds and default."""
-    from flows.config import PipelineConfig
+    from diffusion_core.stages.config import PipelineConfig
 
     typer.echo(json.dumps(PipelineConfig.model_json_schema(), indent=2, ensure_ascii=False))
 
@@ -59,8 +59,8 @@ def up(
     as_json: o.Json = False,
 ) -> None:
     """Start the stack (what runs already is left alone) and print its addresses."""
+    from diffusion_core.stages.checks import check_store
     from flows import stack
-    from flows.preflight import check_store
 
     check_store(store or DEFAULT_STORE)
     started = time.monotonic()

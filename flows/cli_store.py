@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Annotated, Any
 
 import typer
 
 from flows import options as o
-
-DEFAULT_STORE = "store"
+from flows.options import DEFAULT_STORE, print_json
 
 Reference = Annotated[
     str, typer.Argument(help="Set, model, bundle, run or dataset: its URI, its id, or models:/name@alias.")
@@ -19,34 +19,9 @@ ModelName = Annotated[str, typer.Argument(help="Name of the registered model.")]
 
 def add_to(app: typer.Typer) -> None:
     """Give the command its verbs."""
-    for verb in (export, promote, rollback, lineage, reproduce, verify, prune):
+    for verb in (promote, rollback, lineage, reproduce, verify, prune):
         app.command()(verb)
     app.command(name="list")(list_kind)
-
-
-def export(
-    run: Annotated[str, typer.Argument(help="Run, by its id or URI, that was trained with training.ema=power.")],
-    sigma_rel: Annotated[float, typer.Option("--sigma-rel", help="Relative width of the average, 0.01 to 0.28.")],
-    images_seen: Annotated[
-        int | None, typer.Option("--images-seen", help="At which end of training; default: the last one.")
-    ] = None,
-    store: o.Store = None,
-    as_json: o.Json = False,
-) -> None:
-    """Make a bundle of a finished run with a moving average of another length, without training again."""
-    from diffusion_core.bundle import bundle_digest, read_bundle_config
-    from diffusion_core.training import posthoc
-    from diffusion_core.training.run import RunDirectory
-    from flows import find
-
-    uri = posthoc.export(RunDirectory(find.run(run, _place(store))), sigma_rel, images_seen)
-    error = read_bundle_config(uri).ema_error
-    if as_json:
-        print_json({"bundle_uri": uri, "digest": bundle_digest(uri), "ema_error": error})
-        return
-    typer.echo(uri)
-    if error is not None:
-        typer.echo(f"The profile of the average is made with an error of {100 * error:.1f} %.", err=True)
 
 
 def promote(
@@ -59,14 +34,14 @@ def promote(
     from diffusion_core import tracking
 
     tracking.promote(model, version, _place(store))
-    _say_champion(model, version, as_json)
+    _say_champion(model, version, _place(store), as_json)
 
 
 def rollback(model: ModelName, store: o.Store = None, as_json: o.Json = False) -> None:
     """Give the alias champion back to the version that held it before."""
     from diffusion_core import tracking
 
-    _say_champion(model, tracking.rollback(model, _place(store)), as_json)
+    _say_champion(model, tracking.rollback(model, _place(store)), _place(store), as_json)
 
 
 def lineage(
@@ -76,7 +51,7 @@ def lineage(
     as_json: o.Json = False,
 ) -> None:
     """Say where something comes from: image, shard, set, model version, run, dataset version, source."""
-    from flows.lineage import lineage as trace
+    from diffusion_core.catalog.lineage import lineage as trace
 
     steps = trace(reference, _place(store), image)
     if as_json:
@@ -99,14 +74,14 @@ def reproduce(
     as_json: o.Json = False,
 ) -> None:
     """Make images of a set again (default: its first one) and compare the pixels with what is recorded."""
+    from diffusion_core.catalog import find
+    from diffusion_core.catalog.reproduce import reproduce as make_again
     from diffusion_core.generation.imageset import open_imageset
-    from flows import find
-    from flows import lineage as origins
 
     place = _place(store)
     images = open_imageset(find.image_set(reference, place))
     ids = image or [first for first, _ in images.ranges()[:1]]
-    rows = origins.reproduce(reference, place, ids)
+    rows = make_again(reference, place, ids)
     if as_json:
         print_json(rows)
     for row in rows if not as_json else []:
@@ -121,7 +96,7 @@ def reproduce(
 
 def verify(reference: Reference, store: o.Store = None, as_json: o.Json = False) -> None:
     """Read a set, a dataset version or a bundle again and compare every digest with what is recorded."""
-    from flows.lineage import verify as check
+    from diffusion_core.catalog.verify import verify as check
 
     what, problems = check(reference, _place(store))
     if as_json:
@@ -142,8 +117,8 @@ def prune(
     """Say what the store could do without, and delete it with --yes."""
     from dataclasses import asdict
 
-    from flows import prune as pruning
-    from flows.settings import seconds
+    from diffusion_core.catalog import prune as pruning
+    from diffusion_core.stages.settings import seconds
 
     found = pruning.candidates(_place(store), seconds(older_than, "--older-than"), unused)
     for candidate in found if yes else []:
@@ -163,12 +138,12 @@ def list_kind(
     as_json: o.Json = False,
 ) -> None:
     """List what a store holds."""
+    from diffusion_core.catalog.listing import KINDS
     from diffusion_core.config import UserError
-    from flows.listing import KINDS
 
     if kind not in KINDS:
         raise UserError(f"list {kind}: there is no such list; accepted are {', '.join(KINDS)}.")
-    from flows.preflight import check_readable
+    from diffusion_core.stages.checks import check_readable
 
     check_readable(_place(store))
     rows = KINDS[kind](_place(store))
@@ -176,10 +151,6 @@ def list_kind(
         print_json(rows)
     else:
         typer.echo(_table(rows) or f"no {kind} in {_place(store)}")
-
-
-def print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def _place(store: str | None) -> str:
@@ -190,11 +161,19 @@ def _place(store: str | None) -> str:
     return store or DEFAULT_STORE
 
 
-def _say_champion(model: str, version: int, as_json: bool) -> None:
+def _say_champion(model: str, version: int, store: str, as_json: bool) -> None:
+    """Tell the person, and the Prefect server if there is one."""
     if as_json:
         print_json({"model": model, "version": version, "alias": "champion"})
     else:
         typer.echo(f"models:/{model}@champion is now version {version}")
+    if os.environ.get("PREFECT_API_URL"):
+        from diffusion_core.stages.register import champion_changed
+        from diffusion_core.tracking import champion_before
+        from flows import events
+
+        before = champion_before(store, model)
+        events.tell([champion_changed(model, version, before, "Set by hand.", by_hand=True)], store)
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

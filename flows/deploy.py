@@ -1,4 +1,4 @@
-"""The deployments: one for each flow, and for the pipeline one for each preset, with its values filled in.
+"""The deployments: one for each stage, and for the pipeline one for each preset, with its values filled in.
 
 A preset is a deployment of its own rather than a choice in one form, because a form sends the defaults of every field
 along, which would override whatever preset is chosen in it. `python -m flows.deploy` serves them all from this process.
@@ -13,23 +13,15 @@ from typing import Any, cast
 from prefect import serve
 from prefect.deployments.runner import RunnerDeployment
 
-from flows import pipeline
+from diffusion_core.stages.settings import as_values, load_config, preset_names
+from flows.pipeline import diffusion_pipeline
 from flows.runner import prepare_prefect
-from flows.settings import as_values, load_config, preset_names
-
-STAGES = (
-    pipeline.shard_dataset,
-    pipeline.train_model,
-    pipeline.evaluate_model,
-    pipeline.compare_samplers,
-    pipeline.export_average,
-    pipeline.generate_images,
-)
+from flows.stages import FLOWS
 
 
 def deployments(store: str) -> list[RunnerDeployment]:
-    """A deployment for each flow; those of the pipeline are named after the presets."""
-    stages = [flow.to_deployment(name=flow.name, tags=["diffusion"], concurrency_limit=4) for flow in STAGES]
+    """A deployment for each stage; those of the pipeline are named after the presets."""
+    stages = [flow.to_deployment(name=flow.name, tags=["diffusion"], concurrency_limit=4) for flow in FLOWS.values()]
     return [*cast(list[RunnerDeployment], stages), *(_of_preset(name, store) for name in preset_names())]
 
 
@@ -37,7 +29,7 @@ def _of_preset(name: str, store: str) -> RunnerDeployment:
     config = as_values(load_config(preset=name, shortcuts={"store": store}))
     parameters: dict[str, Any] = {"config": config}
     text = f"The whole pipeline, with the values of the preset {name}."
-    deployment = pipeline.diffusion_pipeline.to_deployment(
+    deployment = diffusion_pipeline.to_deployment(
         name=name, parameters=parameters, tags=["diffusion", "preset"], description=text
     )
     return cast(RunnerDeployment, deployment)

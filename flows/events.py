@@ -15,7 +15,7 @@ from prefect.events import emit_event
 from prefect.settings import PREFECT_API_URL
 
 from diffusion_core.stages.events import Event
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
 from diffusion_core.tracking import without_secrets
 
 _log = logging.getLogger(__name__)
@@ -30,19 +30,19 @@ def tell(events: Iterable[Event], store: str) -> None:
         return
     for event in events:
         try:
-            _tell(event, Directory(store) / "events")
+            _tell(event, Directory(store))
         except Exception as error:
             _log.warning("The event %s of %s is not told: %s", event.name, event.thing, without_secrets(error))
 
 
-def _tell(event: Event, told: Directory) -> None:
-    record = f"{event.id}.json"
-    if event.id and told.exists(record):
+def _tell(event: Event, store: Directory) -> None:
+    told = event.id and layout.event(event.id)
+    if told and store.exists(told):
         return
     resource = {"prefect.resource.id": event.resource, "prefect.resource.name": event.thing}
-    emit_event(event.name, resource=resource, payload=_clean(event.payload))
-    if event.id:
-        told.create_json(record, {"event": event.name, "resource": event.resource, "once": event.once})
+    emit_event(event.name, resource=resource, payload=_clean({**event.payload, "store": store.uri}))
+    if told:
+        store.create_json(told, {"event": event.name, "resource": event.resource, "once": event.once})
 
 
 def _clean(value: Any) -> Any:

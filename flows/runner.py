@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any, NoReturn
 
-from diffusion_core.jobs import requests as r
-from diffusion_core.jobs.backend import BackendConfig, run_job
-from diffusion_core.progress import ProgressEvent
-from flows import preflight
+from diffusion_core.stages.checks import check_address
 from flows.display import shown
 
 PREFECT_DEFAULTS = {
@@ -21,41 +20,51 @@ PREFECT_DEFAULTS = {
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the terminal shows progress; Prefect keeps its whole log
     "PREFECT_CLI_PROMPT": "false",
 }
+PIPELINE = "pipeline"
+
+_checked: ContextVar[bool] = ContextVar("checked", default=False)
 
 
-def run_flow(name: str, *arguments: Any) -> Any:
-    """Run the flow `name` of `flows.pipeline` in this process and return its result; raises what its stages raise."""
+def run_flow(name: str, check: Callable[[], None], *arguments: Any) -> Any:
+    """Run the flow of a stage, or PIPELINE, in this process and return its result; raises what its stages raise.
+
+    Args:
+        name: of the stage.
+        check: what can go wrong, looked at before Prefect is started; the flow does not do it again.
+        arguments: of the flow.
+    """
+    check()
     prepare_prefect()
     signal.signal(signal.SIGTERM, _leave)
     with shown() as display:
         display.say(
             "Starting Prefect …" if os.environ.get("PREFECT_API_URL") else "Starting a temporary Prefect server …"
         )
-        from flows import pipeline
+        from prefect import tags
 
-        return getattr(pipeline, name)(*arguments)
+        from flows.pipeline import diffusion_pipeline
+        from flows.stages import FLOWS
+
+        flow = diffusion_pipeline if name == PIPELINE else FLOWS[name]
+        token = _checked.set(True)
+        try:
+            with tags("diffusion"):
+                return flow(*arguments)
+        finally:
+            _checked.reset(token)
 
 
-def run_alone(stage: str, request: r.Request, backend: BackendConfig) -> Any:
-    """Run the job of one stage without Prefect, for verbs that are no flow of their own."""
-    result_type = {"register": r.RegisterResult}[stage]
-    preflight.check_store(request.store)
-    preflight.check_services(request.store, backend)
-    preflight.check_resources("resources.evaluate", request.resources, backend)
-    signal.signal(signal.SIGTERM, _leave)
-    with shown() as display:
-
-        def follow(event: ProgressEvent) -> None:
-            display.progress(event)
-
-        return run_job(stage, request, result_type, backend, on_progress=follow)
+def check_unless_done(check: Callable[[], None]) -> None:
+    """In a flow: look at what can go wrong, unless the command that runs it has done so."""
+    if not _checked.get():
+        check()
 
 
 def prepare_prefect() -> None:
     """Settings that have to stand in the environment before Prefect is imported; those of the user win."""
     for name, value in PREFECT_DEFAULTS.items():
         os.environ.setdefault(name, value)
-    preflight.check_prefect()
+    check_address("PREFECT_API_URL", os.environ.get("PREFECT_API_URL"), default_port=443)
 
 
 def _leave(signum: int, _frame: FrameType | None) -> NoReturn:

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from diffusion_core.config import UserError
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
 
 HOST = "127.0.0.1"
 PROC = Path("/proc")
@@ -93,7 +93,7 @@ def folder(store: str) -> Path:
     """Where the stack of a store keeps its process ids, logs and databases."""
     place = Directory(store)
     if place.is_local:
-        return place.local_path / "stack"
+        return place.local_path / layout.STACK
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "diffusion" / f"stack-{hashlib.sha256(place.uri.encode()).hexdigest()[:12]}"
 
@@ -113,8 +113,9 @@ def _prefect_environment(store: str, port: int) -> dict[str, str]:
 
 def _mlflow_command(store: str, port: int) -> list[str]:
     place = Directory(store)
-    database = (place.local_path if place.is_local else folder(store)) / "mlflow.db"
-    root = (place.local_path / "mlartifacts").as_uri() if place.is_local else f"{place.uri}/mlartifacts"
+    database = (place.local_path if place.is_local else folder(store)) / layout.MLFLOW_DATABASE
+    artifacts = place / layout.MLFLOW_ARTIFACTS
+    root = artifacts.local_path.as_uri() if place.is_local else artifacts.uri
     servers = ["--host", HOST, "--port", str(port), "--workers", "1"]
     storage = ["--backend-store-uri", f"sqlite:///{database}", "--default-artifact-root", root, "--no-serve-artifacts"]
     return [sys.executable, "-m", "mlflow", "server", *servers, *storage]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from tests.swift_server import SwiftServer, swift_server
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from diffusion_core.bundle import bundle_digest, read_bundle_config
 from diffusion_core.data.shards import Batch, ImageDataset, write_dataset
 from diffusion_core.evaluation.config import EvaluationConfig
 from diffusion_core.generation.imageset import describe
-from diffusion_core.jobs.evaluate import generation_of
+from diffusion_core.stages.work.evaluate import generation_of
 from tests.tiny_bundle import tiny_bundle
 
 CLASSES = ("upper", "left")

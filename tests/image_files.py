@@ -18,7 +18,7 @@ from diffusion_core.data.hashing import dataset_version, hash_files
 from diffusion_core.data.sharding import check_rejected, make_plan, make_shard
 from diffusion_core.data.shards import SPLITS, ImageDataset, commit_dataset
 from diffusion_core.data.sources import open_source
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 
 
 def pixels(seed: int, height: int = 12, width: int = 12, channels: int = 3) -> np.ndarray:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from diffusion_core.config import UserError
-from diffusion_core.storage import Directory, Entry
+from diffusion_core.store import Directory, Entry
 
 BYTES = bytes(range(256)) * 40
 

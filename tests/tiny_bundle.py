@@ -11,7 +11,7 @@ from diffusion_core.bundle import BundleConfig, DatasetReference, save_bundle
 from diffusion_core.diffusion.config import ProcessConfig
 from diffusion_core.networks import build_network
 from diffusion_core.networks.config import UNetConfig
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 
 DIGITS = tuple(str(digit) for digit in range(10))
 

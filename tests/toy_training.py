@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from diffusion_core.data import Batch, write_dataset
 from diffusion_core.networks.config import NetworkConfig, UNetConfig
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from diffusion_core.training.checkpoint import load_newest
 from diffusion_core.training.config import TrainingConfig
 from diffusion_core.training.run import RunDirectory, TrainSpec
@@ -61,8 +61,8 @@ def toy_spec(dataset_uri: str, network: NetworkConfig | None = None, **training:
 
 
 def toy_request(store: str, spec: TrainSpec, **resources: Any) -> dict[str, Any]:
-    """The same as a request of the train job."""
-    return {"store": store, **spec.model_dump(mode="json"), "resources": resources}
+    """The same as a request of the train stage."""
+    return {"store": store, "spec": spec.model_dump(mode="json"), "resources": resources}
 
 
 class StopAt:
@@ -112,7 +112,7 @@ def start_job(folder: Path, request: dict[str, Any], **environment: str) -> subp
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "request.json").write_text(json.dumps(request))
     return subprocess.Popen(
-        [sys.executable, "-m", "diffusion_core.jobs.train", str(folder / "request.json")],
+        [sys.executable, "-m", "diffusion_core.stages", "train", str(folder / "request.json")],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -16,9 +16,8 @@ from diffusion_core.config import digest
 from diffusion_core.data.config import DatasetConfig
 from diffusion_core.data.sources import Source
 from diffusion_core.data.sources.listing import SourceFile
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
 
-CACHE = "source-hashes.parquet"
 _SCHEMA = pa.schema(
     {"uri": pa.string(), "key": pa.string(), "size": pa.int64(), "stamp": pa.string(), "sha256": pa.string()}
 )
@@ -59,15 +58,17 @@ class HashCache:
         mine = pa.Table.from_pylist(rows, _SCHEMA)
         sink = io.BytesIO()
         pq.write_table(pa.concat_tables([others, mine]), sink, compression="zstd")
-        self._directory.write(CACHE, sink.getvalue())
+        self._directory.write(layout.SOURCE_HASHES, sink.getvalue())
 
     def _table(self) -> pa.Table:
         try:
-            return pq.read_table(pa.BufferReader(self._directory.read(CACHE)), schema=_SCHEMA)
+            return pq.read_table(pa.BufferReader(self._directory.read(layout.SOURCE_HASHES)), schema=_SCHEMA)
         except FileNotFoundError:
             pass
         except (pa.ArrowException, OSError) as error:
-            log.warning("%s/%s is damaged (%s): the source is hashed again.", self._directory.uri, CACHE, error)
+            log.warning(
+                "%s/%s is damaged (%s): the source is hashed again.", self._directory.uri, layout.SOURCE_HASHES, error
+            )
         return _SCHEMA.empty_table()
 
 

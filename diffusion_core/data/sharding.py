@@ -19,9 +19,9 @@ from diffusion_core.config import UserError
 from diffusion_core.data.config import DatasetConfig
 from diffusion_core.data.shards import SPLITS, Batch, ImageDataset, Record, Shape, commit_shard, write_rejected
 from diffusion_core.data.sources import Item, Reader, Scan
-from diffusion_core.data.spool import WORK, read_spool
+from diffusion_core.data.spool import read_spool
 from diffusion_core.data.transforms import RejectedItem, Transform, image_size
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
 
 KILLED = "its decoder crashed: the process that read it died, at every attempt"
 
@@ -137,7 +137,7 @@ def make_shard(plan: Plan, index: int, killers: frozenset[int] = frozenset()) ->
     )
     stored: Record = commit_shard(plan.directory, index, span.split, batch) if len(kept) else {"rows": 0}
     record = {"shard": stored, "rejected": sorted(rejected)}
-    plan.directory.create_json(_record_file(index), record)
+    plan.directory.create_json(layout.finished_shard(index), record)
     return record
 
 
@@ -156,9 +156,9 @@ def _pixels(plan: Plan, item: Item) -> np.ndarray:
 
 def finished_shards(plan: Plan) -> dict[int, ShardWork]:
     """Records of the shards that an earlier job has finished, by index."""
-    work = plan.directory / WORK
-    names = {_record_file(index).removeprefix(f"{WORK}/"): index for index in range(len(plan.shards))}
-    return {names[entry.key]: work.read_json(entry.key) for entry in work.list("part-") if entry.key in names}
+    indices = {layout.finished_shard(index): index for index in range(len(plan.shards))}
+    there = (entry.key for entry in plan.directory.list(f"{layout.WORK}/"))
+    return {indices[key]: plan.directory.read_json(key) for key in there if key in indices}
 
 
 def check_rejected(
@@ -187,7 +187,7 @@ def _too_many(directory: Directory, images: int, total: int, config: DatasetConf
     return (
         f"{images:,} of {total:,} images were rejected, and dataset.max_rejected_fraction = "
         f"{config.max_rejected_fraction:g} allows {int(config.max_rejected_fraction * total):,}{reasons} "
-        f"All of them with their reasons are in {directory.uri}/rejected.parquet."
+        f"All of them with their reasons are in {directory.uri}/{layout.REJECTED}."
     )
 
 
@@ -238,7 +238,3 @@ def _reasons(rejected: Sequence[Rejected]) -> str:
     """The three most common reasons, without their details."""
     common = Counter(reason.partition(":")[0] for _, reason in rejected).most_common(3)
     return "; most common: " + ", ".join(f"{reason} ({count:,})" for reason, count in common) + "." if common else "."
-
-
-def _record_file(index: int) -> str:
-    return f"{WORK}/part-{index:05d}.json"

@@ -21,10 +21,9 @@ import pyarrow.parquet as pq
 
 from diffusion_core.config import UserError, digest
 from diffusion_core.data.config import DatasetConfig
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
 
 SCHEMA_VERSION = 1
-MANIFEST, REJECTED = "manifest.json", "rejected.parquet"
 SPLITS = ("train", "validation", "test")  # in the order in which they stand in a dataset
 
 Shape = tuple[int, int, int]  # height, width, channels
@@ -125,7 +124,7 @@ class ImageDataset:
 
     def rejected(self) -> list[tuple[str, str]]:
         """(key, reason) of every item of the source that was not taken."""
-        table = pq.read_table(pa.BufferReader(self.directory.read(REJECTED)))
+        table = pq.read_table(pa.BufferReader(self.directory.read(layout.REJECTED)))
         return list(zip(table["key"].to_pylist(), table["reason"].to_pylist(), strict=True))
 
     def verify(self) -> Iterator[tuple[str, str | None]]:
@@ -151,15 +150,15 @@ def open_dataset(uri: str | Directory) -> ImageDataset:
     """
     directory = uri if isinstance(uri, Directory) else Directory(uri)
     try:
-        manifest = directory.read_json(MANIFEST)
+        manifest = directory.read_json(layout.MANIFEST)
     except FileNotFoundError:
         raise UserError(
-            f"{directory.uri} is not a dataset version: there is no {MANIFEST}{_hint(directory)}."
+            f"{directory.uri} is not a dataset version: there is no {layout.MANIFEST}{_hint(directory)}."
         ) from None
     except ValueError as error:
-        raise UserError(f"The dataset {directory.uri} is damaged: {MANIFEST} is not JSON ({error}).") from error
+        raise UserError(f"The dataset {directory.uri} is damaged: {layout.MANIFEST} is not JSON ({error}).") from error
     if not isinstance(manifest, dict) or "image_shape" not in manifest:
-        raise UserError(f"{directory.uri} is not a dataset version: its {MANIFEST} describes something else.")
+        raise UserError(f"{directory.uri} is not a dataset version: its {layout.MANIFEST} describes something else.")
     if manifest["schema_version"] > SCHEMA_VERSION:
         raise UserError(
             f"The dataset {directory.uri} has schema version {manifest['schema_version']}, and this release reads "
@@ -214,22 +213,18 @@ def decode_shard(data: bytes, with_keys: bool = True) -> Batch:
     )
 
 
-def shard_file(index: int) -> str:
-    return f"shards/part-{index:05d}.parquet"
-
-
 def commit_shard(directory: Directory, index: int, split: str, batch: Batch) -> Record:
     """Store a shard if it is not there, and return the record of what is stored.
 
     Of several writers of one shard the first wins, and all of them record its bytes.
     """
     data = encode_shard(batch)
-    if not directory.create(shard_file(index), data):
-        data = directory.read(shard_file(index))
+    if not directory.create(layout.dataset_shard(index), data):
+        data = directory.read(layout.dataset_shard(index))
         batch = decode_shard(data)
     text_bytes = sum(len((text or "").encode()) for text in batch.text or ())
     return {
-        "file": shard_file(index),
+        "file": layout.dataset_shard(index),
         "split": split,
         "rows": len(batch),
         "bytes": len(data),
@@ -265,11 +260,11 @@ def commit_dataset(
             if any(record["split"] == split for record in kept)
         },
         "shards": kept,
-        "rejected": {"file": REJECTED, "rows": len(rejected)},
+        "rejected": {"file": layout.REJECTED, "rows": len(rejected)},
         "has_text": False,
         **about,
     }
-    directory.create_json(MANIFEST, manifest)
+    directory.create_json(layout.MANIFEST, manifest)
     return open_dataset(directory)
 
 
@@ -284,7 +279,7 @@ def write_rejected(directory: Directory, rejected: Sequence[tuple[str, str]]) ->
     )
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
-    directory.write(REJECTED, sink.getvalue())
+    directory.write(layout.REJECTED, sink.getvalue())
 
 
 def write_dataset(
@@ -312,7 +307,7 @@ def write_dataset(
         [SCHEMA_VERSION, rows, list(class_names), {split: _content(batch) for split, batch in splits.items()}]
     )
     root = store if isinstance(store, Directory) else Directory(store)
-    directory = root / f"datasets/{name}/{version}"
+    directory = root / layout.dataset_version(name, version)
     records: list[Record] = []
     for split in SPLITS:
         batch = splits.get(split)
@@ -377,6 +372,6 @@ def _concatenate(parts: list[Batch]) -> Batch:
 def _hint(directory: Directory) -> str:
     """If dataset versions lie below, name one of them."""
     for child in directory.children():
-        if (directory / child).exists(MANIFEST):
+        if (directory / child).exists(layout.MANIFEST):
             return f" (did you mean {directory.uri}/{child}?)"
     return ""

@@ -8,41 +8,33 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffusion_core.data.sources import Item
+from diffusion_core.data.sources import Item, Reader
 from diffusion_core.data.transforms import RejectedItem
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
 
-if TYPE_CHECKING:
-    from diffusion_core.data.sharding import Plan
-
-WORK = "work"  # what a job has done so far; removed when the manifest is written
 SPOOL_ABOVE_BYTES = 4 << 30
 
 
-def spool_chunks(plan: Plan, source_bytes: int) -> list[range]:
+def spool_chunks(reader: Reader, source_bytes: int, shards: int) -> list[range]:
     """Ranges of items to spool first; empty if every shard had better read the source itself."""
-    if plan.reader.random_access or source_bytes * len(plan.shards) <= SPOOL_ABOVE_BYTES:
+    if reader.random_access or source_bytes * shards <= SPOOL_ABOVE_BYTES:
         return []
-    return plan.reader.chunks()
+    return reader.chunks()
 
 
-def spool_chunk(plan: Plan, positions: np.ndarray, number: int, chunk: range) -> None:
+def spool_chunk(directory: Directory, reader: Reader, positions: np.ndarray, number: int, chunk: range) -> None:
     """Write the items of one chunk, still encoded, sorted by position. `positions`: (N,) of every item, -1 for none."""
-    key = _spool_file(number)
-    if plan.directory.exists(key):
+    key = layout.spooled_chunk(number)
+    if directory.exists(key):
         return
     items = np.arange(chunk.start, chunk.stop)
     items = items[positions[items] >= 0]
-    found = sorted(
-        ((int(positions[items[item.slot]]), item) for item in plan.reader.read(items)), key=lambda row: row[0]
-    )
+    found = sorted(((int(positions[items[item.slot]]), item) for item in reader.read(items)), key=lambda row: row[0])
     arrays = [item.content if isinstance(item.content, np.ndarray) else None for _, item in found]
     table = pa.table(
         {
@@ -56,19 +48,14 @@ def spool_chunk(plan: Plan, positions: np.ndarray, number: int, chunk: range) ->
     )
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", row_group_size=max(16, len(found) // 64))
-    plan.directory.create(key, sink.getvalue())
+    directory.create(key, sink.getvalue())
 
 
-def positions_of_items(plan: Plan) -> np.ndarray:
-    """The inverse of the plan's order: (N,) int64 position of every item number, -1 for items that are not planned."""
-    positions = np.full(int(plan.order.max()) + 1, -1, np.int64)
-    positions[plan.order] = np.arange(len(plan.order))
+def positions_of_items(order: np.ndarray) -> np.ndarray:
+    """The inverse of a plan's order: (N,) int64 position of every item number, -1 for items that are not planned."""
+    positions = np.full(int(order.max()) + 1, -1, np.int64)
+    positions[order] = np.arange(len(order))
     return positions
-
-
-def with_spool(plan: Plan, chunks: int) -> Plan:
-    """The plan, reading from the spool."""
-    return replace(plan, spooled=chunks)
 
 
 def read_spool(directory: Directory, chunks: int, positions: np.ndarray, start: int) -> Iterator[Item]:
@@ -76,7 +63,7 @@ def read_spool(directory: Directory, chunks: int, positions: np.ndarray, start: 
     if not len(positions):
         return
     for number in range(chunks):
-        with directory.open(_spool_file(number)) as stream:
+        with directory.open(layout.spooled_chunk(number)) as stream:
             file = pq.ParquetFile(stream)
             for group in range(file.num_row_groups):
                 statistics = file.metadata.row_group(group).column(0).statistics
@@ -98,7 +85,3 @@ def _payload(item: Item) -> bytes | None:
     if isinstance(item.content, RejectedItem):
         return None
     return item.content.tobytes() if isinstance(item.content, np.ndarray) else item.content
-
-
-def _spool_file(number: int) -> str:
-    return f"{WORK}/spool-{number:05d}.parquet"

@@ -22,10 +22,9 @@ from diffusion_core.data.shards import Batch, ImageDataset
 from diffusion_core.evaluation.config import ClassifierConfig
 from diffusion_core.evaluation.identity import classifier_identity
 from diffusion_core.progress import Progress
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
 
 LARGEST_SIDE = 64  # larger images are averaged down before the network sees them
-_WEIGHTS, _RECORD = "model.safetensors", "extractor.json"
 _GRID = 4  # the last convolutions are averaged over this many cells a side: shape stays, exact place does not
 _BATCH = 256
 _WARM_UP = 0.1  # share of the steps
@@ -107,12 +106,12 @@ def classifier_extractor(dataset: ImageDataset, config: ClassifierConfig) -> Cla
     if min(height, width) < 8:
         raise UserError(f"evaluation.extractor: classifier needs images of at least 8x8 pixels, not {height}x{width}.")
     name = classifier_identity(config, dataset.version)
-    place = dataset.directory / f"extractors/{name}"
+    place = dataset.directory / layout.extractor(name)
     with fixed_threads(config.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         outputs = len(dataset.class_names) or _rotations(dataset.image_shape)
         model = Classifier(dataset.image_shape, outputs, config.width, config.features)
-        if not place.exists(_RECORD):
+        if not place.exists(layout.EXTRACTOR):
             _train(model, dataset, config)
             _keep(place, model, dataset, name)
     _load(model, place)
@@ -122,8 +121,8 @@ def classifier_extractor(dataset: ImageDataset, config: ClassifierConfig) -> Cla
 def _keep(place: Directory, model: Classifier, dataset: ImageDataset, name: str) -> None:
     from safetensors.torch import save
 
-    place.create(_WEIGHTS, save({key: value.contiguous() for key, value in model.state_dict().items()}))
-    stored = place.read(_WEIGHTS)  # of two evaluations at once, both use what the first one stored
+    place.create(layout.EXTRACTOR_WEIGHTS, save({key: value.contiguous() for key, value in model.state_dict().items()}))
+    stored = place.read(layout.EXTRACTOR_WEIGHTS)  # of two evaluations at once, both use what the first one stored
     learned = "classes" if dataset.class_names else "rotations"
     record = {
         "schema_version": 1,
@@ -132,14 +131,14 @@ def _keep(place: Directory, model: Classifier, dataset: ImageDataset, name: str)
         "learned": learned,
         "sha256": hashlib.sha256(stored).hexdigest(),
     }
-    place.create_json(_RECORD, record)
+    place.create_json(layout.EXTRACTOR, record)
 
 
 def _load(model: Classifier, place: Directory) -> None:
     from safetensors.torch import load
 
-    data = place.read(_WEIGHTS)
-    if hashlib.sha256(data).hexdigest() != place.read_json(_RECORD)["sha256"]:
+    data = place.read(layout.EXTRACTOR_WEIGHTS)
+    if hashlib.sha256(data).hexdigest() != place.read_json(layout.EXTRACTOR)["sha256"]:
         raise UserError(f"The feature extractor {place.uri} is damaged: delete that folder and it is trained again.")
     model.load_state_dict(load(data))
 

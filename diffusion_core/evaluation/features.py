@@ -14,7 +14,7 @@ from diffusion_core.data.shards import ImageDataset
 from diffusion_core.evaluation.config import EvaluationConfig, Extractor
 from diffusion_core.evaluation.distances import GaussianStatistics
 from diffusion_core.progress import Progress
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
 
 _ALGORITHM = 1  # raised when the reference is computed differently
 
@@ -128,8 +128,8 @@ class Measurer:
         What is kept is known by the extractor alone. The classes seen by a classifier that is not the extractor are
         therefore taken anew: they may have been kept by another one.
         """
-        place = self.dataset.directory / f"extractors/{self.extractor.digest}"
-        key = f"reference-{_ALGORITHM}-{count}.safetensors"
+        place = self.dataset.directory / layout.extractor(self.extractor.digest)
+        key = layout.reference(_ALGORITHM, count)
         if not place.exists(key):
             place.create(key, self._reference(count))
         kept, classifier = _read_reference(place, key), self._classifier
@@ -157,9 +157,9 @@ class Measurer:
 
 def load_reference(dataset: ImageDataset, extractor_digest: str, count: int) -> Reference:
     """The reference that an evaluation kept with its dataset version. Needs no torch. `UserError` if it is gone."""
-    place = dataset.directory / f"extractors/{extractor_digest}"
+    place = dataset.directory / layout.extractor(extractor_digest)
     try:
-        return _read_reference(place, f"reference-{_ALGORITHM}-{count}.safetensors")
+        return _read_reference(place, layout.reference(_ALGORITHM, count))
     except FileNotFoundError:
         raise UserError(f"The reference features in {place.uri} are gone: evaluate again.") from None
 

@@ -6,7 +6,7 @@ import hashlib
 
 from diffusion_core.config import UserError, digest
 from diffusion_core.evaluation.config import ClassifierConfig, EvaluationConfig, Extractor
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 
 
 def extractor_identity(config: EvaluationConfig, dataset_version: str) -> str:

@@ -35,9 +35,8 @@ from diffusion_core.generation.formats import ShardContent, data_keys, decode, e
 from diffusion_core.generation.labels import Labels, resolve_labels
 from diffusion_core.generation.plan import SCHEMA_VERSION, Extension, Range, Shard, extend, look, read_extensions
 from diffusion_core.generation.sheet import choose_images, contact_sheet
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
 
-SET, LABELS, SHEET, FAILED = "set.json", "labels.parquet", "contact-sheet.png", "failed.parquet"
 PARALLEL_REQUESTS = 16
 _LABEL_FIELDS = ("labels", "label_column")
 
@@ -107,7 +106,7 @@ class ImageSet:
         count = len(self.description.class_names)
         if not self.description.labels.startswith("listed-"):
             return Labels(count)
-        values = pq.read_table(pa.BufferReader(self.directory.read(LABELS)))["label"].to_numpy()
+        values = pq.read_table(pa.BufferReader(self.directory.read(layout.LABELS)))["label"].to_numpy()
         return Labels(count, values)
 
     # Growing.
@@ -118,11 +117,11 @@ class ImageSet:
 
     def extend(self, first_image_id: int | None, count: int) -> Range:
         """Plan a request; returns what it is about."""
-        if not self.directory.exists(SET):
+        if not self.directory.exists(layout.SET):
             if self.labels.values is not None:
                 table = pa.table({"label": pa.array(self.labels.values, pa.int32())})
-                self.directory.create(LABELS, write_parquet(table))
-            self.directory.create_json(SET, self.description.model_dump(mode="json"))
+                self.directory.create(layout.LABELS, write_parquet(table))
+            self.directory.create_json(layout.SET, self.description.model_dump(mode="json"))
         return extend(self.directory, self.generation.images_per_shard, first_image_id, count, self._unfinished)
 
     def missing(self, wanted: Range) -> list[Shard]:
@@ -206,7 +205,7 @@ class ImageSet:
             self.description.class_names[label] if label is not None else "": [images[image_id] for image_id in ids]
             for label, ids in rows.items()
         }
-        self.directory.write(SHEET, contact_sheet(named))
+        self.directory.write(layout.SHEET, contact_sheet(named))
 
     # Reading.
 
@@ -240,12 +239,6 @@ class ImageSet:
         sha256 = record["images"][image_id - shard.first_image_id]
         return Located(image_id, None if label is None else int(label[0]), shard, sha256, record)
 
-    def verify(self) -> list[str]:
-        """Recompute every digest; one sentence per difference, naming the image or shard. Empty: all is as recorded."""
-        from diffusion_core.generation.verify import verify
-
-        return list(verify(self))
-
     def content(self, shard: Shard) -> ShardContent:
         """What is stored of a shard. `FileNotFoundError` if a file of it is missing."""
         return decode(self.generation.format, self._read_files(shard))
@@ -253,11 +246,12 @@ class ImageSet:
     # Inner workings.
 
     def _unfinished(self, log: Sequence[Extension]) -> list[Extension]:
-        settled = {entry.key for prefix in ("manifest-", "closed-") for entry in self.directory.list(prefix)}
+        ends = (layout.SET_MANIFESTS, layout.SET_CLOSED)
+        settled = {entry.key for end in ends for entry in self.directory.list(end)}
         return [item for item in log if not {item.manifest_key, item.closed_key} & settled]
 
     def _committed_keys(self) -> set[str]:
-        return {entry.key for entry in self.directory.list("shards/part-") if entry.key.endswith(".json")}
+        return {entry.key for entry in self.directory.list(layout.IMAGE_SHARDS) if entry.key.endswith(".json")}
 
     def _stored_ranges(self) -> list[tuple[int, int]]:
         """Ranges [first, stop) of image ids: of the complete extensions, and of the committed shards of the others."""
@@ -336,21 +330,21 @@ def describe(store: str, bundle_uri: str, bundle_id: str, bundle: BundleConfig, 
         image_shape=bundle.image_shape,
         guides=guides,
     )
-    return ImageSet(Directory(store) / f"images/{set_id}", description, labels)
+    return ImageSet(Directory(store) / layout.image_set(set_id), description, labels)
 
 
 def open_imageset(uri: str | Directory) -> ImageSet:
     """An image set that is there. Raises `UserError` if there is none, or it was written by newer code."""
     place = uri if isinstance(uri, Directory) else Directory(uri)
     try:
-        fields = place.read_json(SET)
+        fields = place.read_json(layout.SET)
         if fields["schema_version"] > SCHEMA_VERSION:
             raise UserError(f"The image set {place.uri} was written by newer code: this reads up to {SCHEMA_VERSION}.")
         return ImageSet(place, SetDescription.model_validate(fields))
     except FileNotFoundError:
-        raise UserError(f"{place.uri} is not an image set: there is no {SET} in it.") from None
+        raise UserError(f"{place.uri} is not an image set: there is no {layout.SET} in it.") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{place.uri} is not an image set: its {SET} cannot be read.") from error
+        raise UserError(f"{place.uri} is not an image set: its {layout.SET} cannot be read.") from error
 
 
 def _guides(bundle: BundleConfig, config: GenerationConfig) -> dict[str, dict[str, str]]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from diffusion_core.config import UserError, digest
 from diffusion_core.generation.config import GenerationConfig
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
 
 SCHEMA_VERSION = 1
 
@@ -26,7 +26,7 @@ class Shard:
 
     @property
     def key(self) -> str:
-        return f"shards/part-{self.number:05d}"
+        return layout.image_shard(self.number)
 
     @property
     def record_key(self) -> str:
@@ -63,21 +63,21 @@ class Extension:
 
     @property
     def plan_key(self) -> str:
-        return f"plan-{self.first_image_id}.parquet"
+        return layout.set_plan(self.first_image_id)
 
     @property
     def manifest_key(self) -> str:
         """Exists as soon as every image of the extension is stored."""
-        return f"manifest-{self.stop - 1}.json"
+        return layout.set_manifest(self.stop - 1)
 
     @property
     def index_key(self) -> str:
-        return f"index-{self.stop - 1}.parquet"
+        return layout.set_index(self.stop - 1)
 
     @property
     def closed_key(self) -> str:
         """Exists if the extension was once finished with fewer failed shards than the threshold allows."""
-        return f"closed-{self.stop - 1}.json"
+        return layout.set_closed(self.stop - 1)
 
     def shard_count(self, images_per_shard: int) -> int:
         return (self.stop - 1) // images_per_shard - self.first_image_id // images_per_shard + 1
@@ -153,7 +153,7 @@ def extend(
         (first, stop), *_ = wanted.gaps
         first_shard = log[-1].first_shard + log[-1].shard_count(images_per_shard) if log else 0
         new = Extension(len(log), first, stop - first, first_shard)
-        if directory.create_json(_log_key(new.number), {"schema_version": SCHEMA_VERSION, **asdict(new)}):
+        if directory.create_json(layout.extension(new.number), {"schema_version": SCHEMA_VERSION, **asdict(new)}):
             first_image_id = wanted.first  # settled; had another job been faster, it would be open again
 
 
@@ -187,13 +187,9 @@ def _look(
     return Range(first, stop, touched, list(uncovered(log, first, stop)), left is not None)
 
 
-def _log_key(number: int) -> str:
-    return f"extensions/{number:05d}.json"
-
-
 def _read_extension(directory: Directory, number: int) -> Extension | None:
     try:
-        fields: dict[str, Any] = directory.read_json(_log_key(number))
+        fields: dict[str, Any] = directory.read_json(layout.extension(number))
     except FileNotFoundError:
         return None
     return Extension(**{name: fields[name] for name in Extension.__dataclass_fields__})

@@ -21,8 +21,8 @@ from diffusion_core.diffusion.schedules import Time
 from diffusion_core.generation.config import GenerationConfig, SamplingPrecision
 from diffusion_core.generation.imageset import ImageSet, open_imageset
 from diffusion_core.generation.plan import Shard, ShardTask
-from diffusion_core.patience import StoreUnavailable
-from diffusion_core.storage import StoreFull
+from diffusion_core.store import StoreFull
+from diffusion_core.store.patience import StoreUnavailable
 
 LabelsOf = Callable[[np.ndarray], np.ndarray | None]
 

@@ -1,1 +1,1 @@
-"""The Ray programs of the pipeline, one module a stage: `python -m diffusion_core.jobs.<stage> <request URI>`."""
+"""How a stage runs as a program: its request and result, where it runs, and the Ray cluster under it."""

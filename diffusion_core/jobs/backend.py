@@ -32,10 +32,10 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
 from diffusion_core.config import Config, UserError, execution
 from diffusion_core.jobs.log import LOG, KeptLog
 from diffusion_core.jobs.protocol import ERROR, EXIT_USER_ERROR, RESULT
-from diffusion_core.jobs.requests import Request, Result
-from diffusion_core.patience import EXIT_STORE_AWAY, StoreUnavailable
+from diffusion_core.jobs.request import Request, Result
 from diffusion_core.progress import ProgressEvent, parse_progress
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
+from diffusion_core.store.patience import EXIT_STORE_AWAY, StoreUnavailable
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 ResultT = TypeVar("ResultT", bound=Result)
 
+PROGRAM = "diffusion_core.stages"  # the module that is started, with the stage and the URI of its request
 AGENT_TIMEOUT_S = 60.0
 API_PATIENCE_S = 180.0  # that the Jobs API may be away while a job runs
 POLL_S = 0.5
@@ -117,9 +118,9 @@ def run_job(
     """
     request = request.model_copy(update={"store": Directory(request.store).uri})  # no relative path: jobs run elsewhere
     job_id = f"{stage}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
-    place = Directory(request.store) / f"jobs/{job_id}"
+    place = Directory(request.store) / layout.job(job_id)
     job = JobLog(job_id=job_id, uri=place.uri)
-    place.write("request.json", request.model_dump_json(indent=2).encode())
+    place.write(layout.REQUEST, request.model_dump_json(indent=2).encode())
     if on_start:
         on_start(job)
     with KeptLog(place) as log:
@@ -157,9 +158,9 @@ def _outcome(stage: str, place: Directory, status: int, lines: list[str], result
 
 
 def _start(stage: str, job: JobLog, backend: BackendConfig) -> Handle:
-    request_uri = f"{job.uri}/request.json"
+    request_uri = f"{job.uri}/{layout.REQUEST}"
     if backend.kind is BackendKind.local:
-        return LocalJob([sys.executable, "-m", f"diffusion_core.jobs.{stage}", request_uri])
+        return LocalJob([sys.executable, "-m", PROGRAM, stage, request_uri])
     return ClusterJob(stage, request_uri, job.job_id)
 
 
@@ -220,7 +221,7 @@ class ClusterJob:
     def __init__(self, stage: str, request_uri: str, job_id: str) -> None:
         self._id = job_id
         self._client = _jobs_client()
-        self._submit(f"python -m diffusion_core.jobs.{stage} {shlex.quote(request_uri)}")
+        self._submit(f"python -m {PROGRAM} {stage} {shlex.quote(request_uri)}")
 
     def _submit(self, entrypoint: str) -> None:
         """Submit the job; a cluster that has just started has no agent to take it yet, which is waited for."""

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from diffusion_core.config import UserError
-from diffusion_core.jobs.requests import Resources
+from diffusion_core.jobs.request import Resources
 
 POLL_S = 1.0
 _TOLD_AFTER_S = 3.0  # what a job waits for

@@ -8,10 +8,10 @@ from collections import deque
 from collections.abc import Callable
 
 from diffusion_core.config import UserError
-from diffusion_core.patience import StoreUnavailable, patience
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
+from diffusion_core.store.patience import StoreUnavailable, patience
 
-LOG, RUNNING = "log.txt", "running.json"
+LOG, RUNNING = layout.LOG, layout.RUNNING
 LINES_KEPT = 5_000
 EVERY_S = 10.0
 

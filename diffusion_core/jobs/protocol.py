@@ -1,6 +1,6 @@
 """A job is a program: it reads a typed request, writes `result.json` beside it, and exits 0 or says why not.
 
-The same entry serves every backend: `python -m diffusion_core.jobs.<stage> <request URI>`.
+The same entry serves every backend: `python -m diffusion_core.stages <stage> <request URI>`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from diffusion_core.config import UserError, explain
-from diffusion_core.jobs.requests import Request, Result
-from diffusion_core.patience import EXIT_STORE_AWAY, StoreUnavailable
-from diffusion_core.storage import Directory, StoreFull
+from diffusion_core.jobs.request import Request, Result
+from diffusion_core.store import Directory, StoreFull, layout
+from diffusion_core.store.patience import EXIT_STORE_AWAY, StoreUnavailable
 
 RequestT = TypeVar("RequestT", bound=Request)
 
 EXIT_USER_ERROR = 2
-RESULT, ERROR = "result.json", "error.json"
+RESULT, ERROR = layout.RESULT, layout.ERROR
 _SIGNALS = {
     signal.SIGTERM: signal.SIGTERM,
     128 + signal.SIGTERM: signal.SIGTERM,
@@ -30,19 +30,16 @@ _SIGNALS = {
 }  # by what a job leaves with after a signal
 
 
-def main(stage: str, request_type: type[RequestT], run: Callable[[RequestT], Result]) -> int:
-    """Run one job from the command line.
+def main(stage: str, request_type: type[RequestT], run: Callable[[RequestT], Result], request_uri: str) -> int:
+    """Run one job: of the request at this URI, which may be a path.
 
     Exit status: 0, 2 if the user can mend it, 75 if the store was away for too long, 130 after SIGINT, 143 after
     SIGTERM, each with one sentence; a defect ends in its traceback.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
-    if len(sys.argv) != 2:
-        print(f"usage: python -m diffusion_core.jobs.{stage} <request URI>", file=sys.stderr)
-        return EXIT_USER_ERROR
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as Ray's own handler, which replaces it
     try:
-        return _attempt(stage, request_type, run)
+        return _attempt(stage, request_type, run, request_uri)
     except StoreUnavailable as error:
         print(f"{stage}: {error}", file=sys.stderr)
         return EXIT_STORE_AWAY
@@ -54,8 +51,8 @@ def main(stage: str, request_type: type[RequestT], run: Callable[[RequestT], Res
         return _stopped(stage, _SIGNALS[leaving.code])
 
 
-def _attempt(stage: str, request_type: type[RequestT], run: Callable[[RequestT], Result]) -> int:
-    parent, _, name = sys.argv[1].rpartition("/")
+def _attempt(stage: str, request_type: type[RequestT], run: Callable[[RequestT], Result], request_uri: str) -> int:
+    parent, _, name = request_uri.rpartition("/")
     place = Directory(parent or ".")
     try:
         result = run(_read_request(place, name, request_type))

@@ -6,21 +6,20 @@ from typing import TYPE_CHECKING
 
 from diffusion_core.bundle import read_bundle_config
 from diffusion_core.config import UserError
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
 from diffusion_core.training.recorder import kept_figures, kept_pictures
 from diffusion_core.training.run import RunDirectory, TrainSpec
 
 if TYPE_CHECKING:
     from diffusion_core.tracking import RunRecorder
 
-_RECORD = "mlflow.json"
 _PATIENCE_S = 600.0  # for the figures of a whole run at once
 
 
 def recorded_mlflow_run(run: RunDirectory) -> str | None:
     """The MLflow run that records this run; None before the first attempt came that far."""
     try:
-        return str(run.directory.read_json(_RECORD)["mlflow_run_id"])
+        return str(run.directory.read_json(layout.MLFLOW_RUN)["mlflow_run_id"])
     except FileNotFoundError:
         return None
 
@@ -43,10 +42,10 @@ def record_afterwards(store: str, run: RunDirectory, experiment: str) -> str:
         UserError: MLflow is away.
     """
     known, figures = recorded_mlflow_run(run), kept_figures(run.directory)
-    marker = f"recorded/{figures[-1][0] if figures else 0}.json"
+    marker = layout.recorded(figures[-1][0] if figures else 0)
     if known and run.directory.exists(marker):
         return known
-    spec = TrainSpec.model_validate(run.directory.read_json("run.json")["spec"])
+    spec = TrainSpec.model_validate(run.directory.read_json(layout.RUN)["spec"])
     recorder = _recorder(store, run, spec, experiment, known)
     for images_seen, values in figures:
         recorder.log(images_seen, values)
@@ -70,8 +69,8 @@ def mlflow_run_of(store: str, bundle_uri: str, experiment: str) -> str:
     config = read_bundle_config(bundle_uri)
     if config.mlflow_run_id is not None:
         return config.mlflow_run_id
-    run = RunDirectory(Directory(store) / f"runs/{config.run_id}")
-    if not run.directory.exists("run.json"):
+    run = RunDirectory(Directory(store) / layout.run(config.run_id))
+    if not run.directory.exists(layout.RUN):
         raise UserError(
             f"The bundle {bundle_uri} names no MLflow run, and its run {config.run_id}, from which one could be made, "
             f"is not in the store {store}: give the store that it was trained in."
@@ -84,7 +83,7 @@ def _recorder(
 ) -> RunRecorder:
     from diffusion_core.tracking import RunRecorder
 
-    description = run.directory.read_json("run.json")
+    description = run.directory.read_json(layout.RUN)
     dataset = description["dataset"]
     tags = {
         "run_id": run.run_id,
@@ -99,4 +98,4 @@ def _recorder(
 
 
 def _commit(run: RunDirectory, recorder: RunRecorder) -> bool:
-    return run.directory.create_json(_RECORD, {"mlflow_run_id": recorder.mlflow_run_id})
+    return run.directory.create_json(layout.MLFLOW_RUN, {"mlflow_run_id": recorder.mlflow_run_id})

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from diffusion_core.config import UserError
 from diffusion_core.jobs.cluster import reserved
-from diffusion_core.jobs.requests import Resources
+from diffusion_core.jobs.request import Resources
 
 log = logging.getLogger(__name__)
 

@@ -15,13 +15,13 @@ from typing import Any
 
 from diffusion_core.config import UserError
 from diffusion_core.jobs.record import open_recorder
-from diffusion_core.patience import patience
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
+from diffusion_core.store.patience import patience
 from diffusion_core.training.run import INTERRUPTED, RunDirectory, TrainSpec
 
 logger = logging.getLogger(__name__)
 
-PROGRESS = "progress.json"
+PROGRESS = layout.PROGRESS
 _LOOK_S = 1.0
 _LOOK_PATIENCE_S = 10.0
 _SETTLE_S = 5.0  # for the figures of a run that broke

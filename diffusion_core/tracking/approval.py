@@ -14,10 +14,9 @@ from typing import Any
 from pydantic import AwareDatetime, Field, ValidationError
 
 from diffusion_core.config import Config, UserError, digest, explain
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
 from diffusion_core.tracking.registry import tag_version
 
-_GATES, _QUESTION, _ANSWER = "gates", "question.json", "answer.json"
 NOBODY = "nobody"  # who answers when the time is over
 
 
@@ -56,15 +55,15 @@ class Answer(Config):
         return f"{self.word.capitalize()} by {self.by} at {self.at:%Y-%m-%d %H:%M} UTC: {self.reason}"
 
 
-def question_id(version: int, candidate_digest: str, champion_digest: str | None) -> str:
-    """The id of a question, of the version's number and the digests of the bundles that are compared."""
+def question_id(version: int, candidate_digest: str, champion_digest: str) -> str:
+    """The id of a question, of the version's number and the digests of the bundles compared ("": no champion yet)."""
     return f"{version}-{digest(candidate_digest, champion_digest)}"
 
 
 def ask(store: str, question: Question) -> tuple[Question, Answer | None]:
     """Ask, unless it was asked before; the question as it stands, and its answer if there is one."""
     place = _place(store, question)
-    place.create_json(_QUESTION, question.model_dump(mode="json"))
+    place.create_json(layout.QUESTION, question.model_dump(mode="json"))
     asked = _read_question(place)
     return asked, answer_of(store, asked)
 
@@ -74,9 +73,7 @@ def answer_of(store: str, question: Question) -> Answer | None:
     place = _place(store, question)
     if (answer := _read_answer(place)) is None and datetime.now(UTC) >= question.deadline:
         hours = (question.deadline - question.asked_at).total_seconds() / 3600
-        silence = Answer(
-            accepted=False, by=NOBODY, reason=f"It was not answered in {hours:g} h.", at=question.deadline
-        )
+        silence = Answer(accepted=False, by=NOBODY, reason=f"It was not answered in {hours:g} h.", at=question.deadline)
         answer = _create(place, silence)
     return answer
 
@@ -114,7 +111,7 @@ def show(store: str, question: Question, answer: Answer | None) -> None:
 
 def waits(store: str, question: Question, flow_run_id: str) -> None:
     """Write down that a Prefect flow run waits for the answer, so that a person can name that run instead."""
-    _place(store, question).create_json(f"waiting/{flow_run_id}.json", {"flow_run_id": flow_run_id})
+    _place(store, question).create_json(layout.waiting(flow_run_id), {"flow_run_id": flow_run_id})
 
 
 def open_question(store: str, reference: str) -> Question:
@@ -126,9 +123,7 @@ def open_question(store: str, reference: str) -> Question:
     wanted = reference.removeprefix("models:/")
     asked = sorted(_questions(store), key=lambda found: found[1].asked_at)
     named = [
-        question
-        for place, question in asked
-        if wanted == question.reference or place.exists(f"waiting/{wanted}.json")
+        question for place, question in asked if wanted == question.reference or place.exists(layout.waiting(wanted))
     ]
     unanswered = [question for question in named if answer_of(store, question) is None]
     if unanswered:
@@ -145,31 +140,31 @@ def _sentence(store: str, question: Question) -> str:
 
 
 def _questions(store: str) -> Iterator[tuple[Directory, Question]]:
-    gates = Directory(store) / _GATES
-    for model in gates.children():
-        approvals = gates / f"{model}/approvals"
+    root = Directory(store)
+    for model in (root / layout.GATES).children():
+        approvals = root / layout.approvals(model)
         for name in approvals.children():
             place = approvals / name
-            if place.exists(_QUESTION):
+            if place.exists(layout.QUESTION):
                 yield place, _read_question(place)
 
 
 def _place(store: str, question: Question) -> Directory:
-    return Directory(store) / f"{_GATES}/{question.model}/approvals/{question.id}"
+    return Directory(store) / f"{layout.approvals(question.model)}/{question.id}"
 
 
 def _read_question(place: Directory) -> Question:
-    return Question.model_validate(place.read_json(_QUESTION))
+    return Question.model_validate(place.read_json(layout.QUESTION))
 
 
 def _read_answer(place: Directory) -> Answer | None:
     try:
-        return Answer.model_validate(place.read_json(_ANSWER))
+        return Answer.model_validate(place.read_json(layout.ANSWER))
     except FileNotFoundError:
         return None
 
 
 def _create(place: Directory, said: Answer) -> Answer:
     """The answer that stands: this one, or one that came before it."""
-    place.create_json(_ANSWER, said.model_dump(mode="json"))
-    return Answer.model_validate(place.read_json(_ANSWER))
+    place.create_json(layout.ANSWER, said.model_dump(mode="json"))
+    return Answer.model_validate(place.read_json(layout.ANSWER))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_core.config import UserError
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -45,7 +45,7 @@ def tracking_uri(store: str | Directory) -> str:
         raise UserError(
             f"The store {place.uri} is not local, so MLflow needs a server: set MLFLOW_TRACKING_URI in the environment."
         )
-    return f"{_SQLITE}{place.local_path}/mlflow.db"
+    return f"{_SQLITE}{place.local_path / layout.MLFLOW_DATABASE}"
 
 
 def without_secrets(value: Any) -> str:
@@ -66,7 +66,7 @@ def client(store: str | Directory, create: bool = True) -> Any:
         if not path.exists():
             if not create:
                 return None
-            _make_database(path, _artifact_root(store) or str(path.parent / "mlartifacts"))
+            _make_database(path, _artifact_root(store) or str(path.parent / layout.MLFLOW_ARTIFACTS))
     elif uri.startswith(("http://", "https://")):
         _check_server(uri)
     _quieten()
@@ -99,7 +99,8 @@ def _artifact_root(store: str | Directory) -> str | None:
     place = directory(store)
     if not tracking_uri(store).startswith(_SQLITE):
         return None
-    return (place.local_path / "mlartifacts").as_uri() if place.is_local else f"{place.uri}/mlartifacts"
+    artifacts = place / layout.MLFLOW_ARTIFACTS
+    return artifacts.local_path.as_uri() if place.is_local else artifacts.uri
 
 
 def _make_database(path: Path, artifact_root: str) -> None:

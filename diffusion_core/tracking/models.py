@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_core.bundle import RECORD, bundle_digest
+from diffusion_core.bundle import bundle_digest
 from diffusion_core.config import UserError
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
 from diffusion_core.tracking.connection import all_pages, client, directory, tracking_uri
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def _bundle_of(version: ModelVersion, store: str | Directory) -> str:
         raise UserError(f"Version {version.version} of the model {version.name!r} was not registered by this project.")
     copy = f"{client(store).get_model_version_download_uri(version.name, version.version)}/artifacts/bundle"
     if proxied := copy.startswith("mlflow-artifacts:"):  # behind the server: workers need it in the store
-        copy = f"{directory(store).uri}/bundles/{wanted}"
+        copy = (directory(store) / layout.fetched_bundle(wanted)).uri
     problems = []
     for uri in (version.tags.get("bundle_uri"), copy):
         if uri is None:
@@ -170,12 +170,12 @@ def _bundle_of(version: ModelVersion, store: str | Directory) -> str:
 
 def _fetch(version: ModelVersion, store: str | Directory, place: Directory) -> None:
     """Copy a bundle from the MLflow server to the store, its record last."""
-    if place.exists(RECORD):
+    if place.exists(layout.BUNDLE):
         return
     from mlflow.artifacts import download_artifacts
 
     with tempfile.TemporaryDirectory() as folder:
         uri = f"models:/{version.name}/{version.version}/artifacts/bundle"
         local = Path(download_artifacts(uri, dst_path=folder, tracking_uri=tracking_uri(store)))
-        for path in sorted(local.iterdir(), key=lambda path: path.name == RECORD):
+        for path in sorted(local.iterdir(), key=lambda path: path.name == layout.BUNDLE):
             place.create_file(path.name, path)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import diffusion_core
-from diffusion_core.bundle import RECORD, BundleConfig, bundle_digest, read_bundle_config
+from diffusion_core.bundle import BundleConfig, bundle_digest, read_bundle_config
 from diffusion_core.config import Config, UserError
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
 from diffusion_core.tracking.connection import all_pages, client, without_secrets
 from diffusion_core.tracking.models import find_version, model_aliases, model_versions
 from diffusion_core.tracking.runs import existing_run
@@ -125,7 +125,8 @@ def champion_history(store: str | Directory, model: str) -> list[int]:
 
 def champion_before(store: str | Directory, model: str) -> int | None:
     """The version that was champion before the present one; None if there was none."""
-    return (champion_history(store, model)[:-1] or [None])[-1]
+    earlier = champion_history(store, model)[:-1]
+    return earlier[-1] if earlier else None
 
 
 def promote(model: str, version: int, store: str | Directory) -> None:
@@ -229,7 +230,7 @@ def _save_pyfunc(
     from mlflow.models import Model
 
     package, copy = Path(diffusion_core.__file__).parent, folder / "bundle"
-    for name in [*place.read_json(RECORD)["files"], RECORD]:
+    for name in [*place.read_json(layout.BUNDLE)["files"], layout.BUNDLE]:
         place.download(name, copy / name)
     if bundle_digest(str(copy)) != wanted:
         raise UserError(f"The bundle {place.uri} changed while it was being registered.")

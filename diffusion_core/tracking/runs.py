@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_core.config import UserError
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from diffusion_core.tracking.connection import Unreachable, client, ensure_experiment, without_secrets
 from diffusion_core.tracking.outbox import Figures, Message, Outbox
 

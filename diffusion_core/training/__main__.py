@@ -3,9 +3,8 @@
     python -m diffusion_core.training request.json
     torchrun --nproc-per-node 2 -m diffusion_core.training request.json
 
-The request is that of the train job (`store`, `dataset_uri`, `process`, `network`, `training`; `resources` and
-`experiment` are passed over), and the run's directory is the same as on a cluster. SIGINT and SIGTERM save a checkpoint
-and end it; the same command continues.
+The request is that of the train stage (`store` and `spec`; the rest is passed over), and the run's directory is that of
+a cluster too. SIGINT and SIGTERM save a checkpoint and end it; the same command continues.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from diffusion_core.config import UserError, explain
-from diffusion_core.lease import FAILED, OK, Held, Lease, acquire
-from diffusion_core.patience import EXIT_STORE_AWAY, StoreUnavailable, patience
 from diffusion_core.progress import Progress, parse_progress
+from diffusion_core.store.lease import FAILED, OK, Held, Lease, acquire
+from diffusion_core.store.patience import EXIT_STORE_AWAY, StoreUnavailable, patience
 from diffusion_core.training.run import INTERRUPTED, RunDirectory, TrainOutcome, TrainSpec, open_run
 
 if TYPE_CHECKING:
@@ -65,17 +64,18 @@ def main() -> int:
 
 
 def read_request(path: str) -> tuple[str, TrainSpec]:
-    """The store and the training of a request file; what only the job needs is left out."""
+    """The store and the training of a request file; what only the job needs is left out.
+
+    Older requests have the fields of `spec` beside `store`.
+    """
     try:
         request = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"The request {path} cannot be read: {error}.") from error
     if not isinstance(request, dict) or not isinstance(request.get("store"), str):
         raise UserError(f"The request {path} must be a JSON object with a store.")
-    store = request.pop("store")
-    return store, TrainSpec.model_validate(
-        {name: value for name, value in request.items() if name not in ("resources", "experiment")}
-    )
+    older = {name: value for name, value in request.items() if name not in ("store", "resources", "experiment")}
+    return request["store"], TrainSpec.model_validate(request.get("spec", older))
 
 
 def _train(spec: TrainSpec, run: RunDirectory) -> TrainOutcome | None:

@@ -16,12 +16,11 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
 
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
-RECORD = "record.json"
 Tensors = dict[str, Tensor]
 
 
@@ -41,7 +40,7 @@ class DamagedError(Exception):
 def save_checkpoint(place: Directory, checkpoint: Checkpoint) -> None:
     """Commit a checkpoint below `place`. One that is there already and sound is left; a damaged one is replaced."""
     here = place / str(checkpoint.images_seen)
-    if here.exists(RECORD):
+    if here.exists(layout.CHECKPOINT):
         try:
             read_checkpoint(place, checkpoint.images_seen)
             return
@@ -52,7 +51,7 @@ def save_checkpoint(place: Directory, checkpoint: Checkpoint) -> None:
     for name, tensors in checkpoint.parts.items():
         data = safetensors.torch.save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
         sha256 = hashlib.sha256(data).hexdigest()
-        key = f"{name}-{sha256[:8]}.safetensors"
+        key = layout.tensors(name, sha256)
         here.create(key, data)
         files[name] = {"file": key, "bytes": len(data), "sha256": sha256}
     record = {
@@ -61,7 +60,7 @@ def save_checkpoint(place: Directory, checkpoint: Checkpoint) -> None:
         "files": files,
         "meta": checkpoint.meta,
     }
-    here.create_json(RECORD, record)
+    here.create_json(layout.CHECKPOINT, record)
 
 
 def load_newest(place: Directory) -> Checkpoint | None:
@@ -80,7 +79,7 @@ def load_newest(place: Directory) -> Checkpoint | None:
 def checkpoints(place: Directory) -> list[int]:
     """images_seen of every committed checkpoint, ascending; whether they are sound is not looked at."""
     numbers = sorted(int(name) for name in place.children() if name.isdigit())
-    return [number for number in numbers if place.exists(f"{number}/{RECORD}")]
+    return [number for number in numbers if place.exists(f"{number}/{layout.CHECKPOINT}")]
 
 
 def prune_checkpoints(place: Directory, keep: int, newest: int) -> None:
@@ -98,7 +97,7 @@ def prune_checkpoints(place: Directory, keep: int, newest: int) -> None:
 
 def delete_checkpoint(here: Directory) -> None:
     """Delete a checkpoint, given its own directory."""
-    here.delete(RECORD)  # first, so that a deletion that is cut short never looks like damage
+    here.delete(layout.CHECKPOINT)  # first, so that a deletion that is cut short never looks like damage
     here.delete_tree()
 
 
@@ -106,7 +105,7 @@ def read_checkpoint(place: Directory, images_seen: int) -> Checkpoint:
     """One checkpoint; `DamagedError` if its files are not those that its record names, or there is none."""
     here = place / str(images_seen)
     try:
-        record = here.read_json(RECORD)
+        record = here.read_json(layout.CHECKPOINT)
         parts = {name: _tensors(here, file) for name, file in record["files"].items()}
         return Checkpoint(int(record["images_seen"]), parts, record["meta"])
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
@@ -116,5 +115,5 @@ def read_checkpoint(place: Directory, images_seen: int) -> Checkpoint:
 def _tensors(here: Directory, file: dict[str, Any]) -> Tensors:
     data = here.read(file["file"])
     if hashlib.sha256(data).hexdigest() != file["sha256"]:
-        raise ValueError(f"{file['file']} has other bytes than {RECORD} says")
+        raise ValueError(f"{file['file']} has other bytes than {layout.CHECKPOINT} says")
     return safetensors.torch.load(data)

@@ -17,8 +17,9 @@ from operator import itemgetter
 
 import torch
 
-from diffusion_core.bundle import RECORD, SAMPLES, BundleConfig, load_bundle, save_bundle
+from diffusion_core.bundle import BundleConfig, load_bundle, save_bundle
 from diffusion_core.config import UserError
+from diffusion_core.store import layout
 from diffusion_core.training.checkpoint import (
     Checkpoint,
     DamagedError,
@@ -52,7 +53,7 @@ def save_snapshot(run: RunDirectory, config: TrainingConfig, images_seen: int, a
     meta = {"sigma_rels": list(config.ema_sigma_rels)}
     save_checkpoint(run.snapshots, Checkpoint(images_seen, averages, meta))
     for earlier in checkpoints(run.snapshots):
-        kept = on_grid(earlier, distance, config.batch_size) or run.bundle(earlier).exists(RECORD)
+        kept = on_grid(earlier, distance, config.batch_size) or run.bundle(earlier).exists(layout.BUNDLE)
         if earlier < images_seen and not kept:
             delete_checkpoint(run.snapshots / str(earlier))
 
@@ -75,17 +76,17 @@ def export(run: RunDirectory, sigma_rel: float, images_seen: int | None = None) 
     if not 0.01 <= sigma_rel <= 0.28:
         raise UserError(f"sigma_rel: {sigma_rel:g} is not accepted: it must be at least 0.01 and at most 0.28.")
     seen = _end(run, images_seen)
-    place = run.directory / f"bundles/{seen}-{sigma_rel!r}"
-    if place.exists(RECORD):
+    place = run.directory / layout.averaged_bundle(seen, sigma_rel)
+    if place.exists(layout.BUNDLE):
         return place.uri
     bundle = load_bundle(run.bundle(seen))
     weights, error = reconstruct(run, sigma_rel, seen)
     bundle.network.load_state_dict(weights)
     config = BundleConfig.model_validate({**dict(bundle.config), "ema_sigma_rel": sigma_rel, "ema_error": error})
     if config.network.kind == "classifier":  # its picture shows no samples
-        save_bundle(place, config, bundle.network.state_dict(), run.bundle(seen).read(SAMPLES))
+        save_bundle(place, config, bundle.network.state_dict(), run.bundle(seen).read(layout.SAMPLES))
         return place.uri
-    training = TrainSpec.model_validate(run.directory.read_json("run.json")["spec"]).training
+    training = TrainSpec.model_validate(run.directory.read_json(layout.RUN)["spec"]).training
     samples = preview(
         bundle.network,
         bundle.process,
@@ -162,7 +163,7 @@ def _read(run: RunDirectory, images_seen: int) -> Checkpoint:
 
 def _end(run: RunDirectory, images_seen: int | None) -> int:
     """Where training ended with a bundle and a snapshot."""
-    ends = [seen for seen in checkpoints(run.snapshots) if run.bundle(seen).exists(RECORD)]
+    ends = [seen for seen in checkpoints(run.snapshots) if run.bundle(seen).exists(layout.BUNDLE)]
     if not ends:
         raise UserError(
             f"The run {run.run_id} has no snapshots to make another average of: it takes training.ema = power, and a "

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Protocol
 
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
 
 
 class Recorder(Protocol):
@@ -29,9 +29,6 @@ class Recorder(Protocol):
         """The run ended: FINISHED, FAILED or KILLED."""
 
 
-_FIGURES, _PICTURES = "metrics.jsonl", "previews/"
-
-
 class FileRecorder:
     """Keeps the figures as `metrics.jsonl` and the pictures as `previews/<name>.png` in the run's directory."""
 
@@ -48,10 +45,10 @@ class FileRecorder:
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         self._lines.append(json.dumps({"images_seen": images_seen, "time": round(time.time(), 3), **finite}))
         self._last_step = images_seen
-        self._directory.write(_FIGURES, ("\n".join(self._lines) + "\n").encode())
+        self._directory.write(layout.METRICS, ("\n".join(self._lines) + "\n").encode())
 
     def image(self, name: str, png: bytes) -> None:
-        self._directory.write(f"{_PICTURES}{name}.png", png)
+        self._directory.write(f"{layout.PREVIEWS}{name}.png", png)
 
     def unrecorded(self) -> list[tuple[int, dict[str, float]]]:
         return []
@@ -69,11 +66,12 @@ def kept_figures(directory: Directory) -> list[tuple[int, dict[str, float]]]:
 
 def kept_pictures(directory: Directory) -> dict[str, bytes]:
     """The pictures that a `FileRecorder` kept, by name."""
-    return {entry.key.removeprefix(_PICTURES): directory.read(entry.key) for entry in directory.list(_PICTURES)}
+    keys = [entry.key for entry in directory.list(layout.PREVIEWS)]
+    return {key.removeprefix(layout.PREVIEWS): directory.read(key) for key in keys}
 
 
 def _lines(directory: Directory) -> list[str]:
     try:
-        return directory.read(_FIGURES).decode().splitlines()
+        return directory.read(layout.METRICS).decode().splitlines()
     except FileNotFoundError:
         return []

@@ -19,7 +19,7 @@ from diffusion_core.config import Config, UserError, digest, execution, identity
 from diffusion_core.diffusion.config import ProcessConfig
 from diffusion_core.diffusion.objective_config import ObjectiveConfig, check_objective
 from diffusion_core.networks.config import NetworkConfig, UNetConfig, check_image_size
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
 from diffusion_core.training.config import TrainingConfig
 from diffusion_core.version import code_version
 
@@ -66,18 +66,18 @@ class RunDirectory:
 
     @property
     def attempts(self) -> Directory:
-        return self.directory / "attempts"
+        return self.directory / layout.ATTEMPTS
 
     @property
     def checkpoints(self) -> Directory:
-        return self.directory / "checkpoints"
+        return self.directory / layout.CHECKPOINTS
 
     @property
     def snapshots(self) -> Directory:
-        return self.directory / "snapshots"
+        return self.directory / layout.SNAPSHOTS
 
     def bundle(self, images_seen: int) -> Directory:
-        return self.directory / f"bundles/{images_seen}"
+        return self.directory / layout.bundle(images_seen)
 
     def finished(self, training: TrainingConfig) -> TrainOutcome | None:
         """The outcome, if this run was already trained as long as `training` asks, and its bundle is there.
@@ -85,7 +85,7 @@ class RunDirectory:
         Long enough is: to the number of images (the least finished number that is not below it), or for the time
         budget.
         """
-        outcomes = [outcome for outcome in self._outcomes() if self.bundle(outcome.images_seen).exists("bundle.json")]
+        outcomes = [outcome for outcome in self._outcomes() if self.bundle(outcome.images_seen).exists(layout.BUNDLE)]
         for outcome in outcomes:
             if outcome.images_seen >= training.target_images:
                 return outcome
@@ -95,13 +95,13 @@ class RunDirectory:
 
     def record_finished(self, outcome: TrainOutcome) -> TrainOutcome:
         """Commit an outcome; returns the one that is stored, which is an earlier one if there was one."""
-        key = f"finished/{outcome.images_seen}.json"
+        key = layout.finished(outcome.images_seen)
         if self.directory.create(key, outcome.model_dump_json(indent=2).encode()):
             return outcome
         return TrainOutcome.model_validate_json(self.directory.read(key))
 
     def _outcomes(self) -> list[TrainOutcome]:
-        keys = [entry.key for entry in self.directory.list("finished/")]
+        keys = [entry.key for entry in self.directory.list(layout.FINISHED)]
         outcomes = [TrainOutcome.model_validate_json(self.directory.read(key)) for key in keys]
         return sorted(outcomes, key=lambda outcome: outcome.images_seen)
 
@@ -131,8 +131,8 @@ def open_run(store: Directory | str, spec: TrainSpec, init_uri: str | None = Non
     parts = {"dataset": dataset.version, "start": start, "spec": identity(spec)}
     run_id = digest("run", SCHEMA_VERSION, parts)
     root = store if isinstance(store, Directory) else Directory(store)
-    run = RunDirectory(root / f"runs/{run_id}")
-    run.directory.create_json("run.json", _description(run_id, spec, dataset, start, source))
+    run = RunDirectory(root / layout.run(run_id))
+    run.directory.create_json(layout.RUN, _description(run_id, spec, dataset, start, source))
     return run
 
 

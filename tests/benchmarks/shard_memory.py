@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from diffusion_core.data.config import DatasetConfig, SourceConfig
-from diffusion_core.jobs.requests import ShardRequest, ShardResult
+from diffusion_core.stages.shard import ShardRequest, ShardResult
 from tests.image_files import encoded, pixels, write_parquet
 
 SIDE, MIB = 128, 1 << 20
@@ -75,7 +75,9 @@ def main(images: int) -> None:
                 config = DatasetConfig(name="x", image_size=64, rows_per_shard=512)
                 request = ShardRequest(store=scratch, source=SourceConfig(uri=str(root)), dataset=config)
                 (Path(scratch) / "request.json").write_text(request.model_dump_json())
-                driver, worker = peak_of([sys.executable, "-m", "diffusion_core.jobs.shard", f"{scratch}/request.json"])
+                driver, worker = peak_of(
+                    [sys.executable, "-m", "diffusion_core.stages", "shard", f"{scratch}/request.json"]
+                )
                 result = ShardResult.model_validate_json((Path(scratch) / "result.json").read_bytes())
                 rate = images * factor / result.seconds
                 print(

@@ -1,6 +1,6 @@
 """The comparison with diffusers runs, compares like with like, and this project is not slower. Only on request:
 
-    python -m pytest -m benchmark tests/benchmarks
+python -m pytest -m benchmark tests/benchmarks
 """
 
 from __future__ import annotations

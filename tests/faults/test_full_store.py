@@ -8,13 +8,14 @@ import uuid
 
 import pytest
 import ray
+from diffusion_core.generation.verify import verify
 
 from diffusion_core.generation import GenerationConfig, open_imageset
 from diffusion_core.generation.plan import Shard
 from diffusion_core.generation.worker import ShardWorker
-from diffusion_core.jobs.generate import generate
-from diffusion_core.jobs.requests import Resources
-from diffusion_core.storage import Directory, StoreFull
+from diffusion_core.jobs.request import Resources
+from diffusion_core.stages.work.generate import generate
+from diffusion_core.store import Directory, StoreFull
 from tests.tiny_bundle import tiny_bundle
 
 SHARDS = 24
@@ -50,4 +51,4 @@ def test_a_full_disk_stops_the_job_at_once_and_with_room_again_it_is_finished(ra
         assert len(list(images.directory.list("log/attempt-"))) <= SHARDS, "the shards were tried again"
         assert not images.directory.exists("failed.parquet")
         done = generate(bundle, config, store, Resources(workers=2))
-    assert done.stored == SHARDS and images.verify() == []
+    assert done.stored == SHARDS and list(verify(images)) == []

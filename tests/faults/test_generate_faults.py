@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from diffusion_core.generation.verify import verify
 
 from diffusion_core.bundle import bundle_digest, read_bundle_config
 from diffusion_core.config import UserError
@@ -19,8 +20,9 @@ from diffusion_core.generation import GenerationConfig, open_imageset
 from diffusion_core.generation.imageset import ImageSet, describe
 from diffusion_core.generation.plan import Shard, ShardTask
 from diffusion_core.generation.worker import ShardWorker
-from diffusion_core.jobs.generate import DIED, generate
-from diffusion_core.jobs.requests import GenerateRequest, GenerateResult, Resources
+from diffusion_core.jobs.request import Resources
+from diffusion_core.stages.generate import GenerateRequest, GenerateResult
+from diffusion_core.stages.work.generate import DIED, generate
 from tests.tiny_bundle import tiny_bundle
 
 CONFIG = GenerationConfig.model_validate(
@@ -67,7 +69,7 @@ def start(store: str, folder: Path, bundle: str, config: GenerationConfig = CONF
     folder.mkdir(parents=True)
     request = GenerateRequest(store=store, model=bundle, generation=config, resources=Resources(workers=2))
     (folder / "request.json").write_text(request.model_dump_json())
-    command = [sys.executable, "-m", "diffusion_core.jobs.generate", str(folder / "request.json")]
+    command = [sys.executable, "-m", "diffusion_core.stages", "generate", str(folder / "request.json")]
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -110,7 +112,7 @@ def test_the_job_is_ended_midway_and_run_again(ray_cluster, tmp_path, store, bun
     after = committed(images)
     assert {key: after[key] for key in before} == before, "a committed shard was written again"
     assert files_of(images) == uninterrupted
-    assert images.verify() == []
+    assert list(verify(images)) == []
 
 
 def test_two_jobs_at_once_make_one_set(ray_cluster, tmp_path, store, bundle, uninterrupted):

@@ -15,8 +15,10 @@ from diffusion_core.config import UserError
 from diffusion_core.data.config import DatasetConfig, SourceConfig
 from diffusion_core.data.shards import open_dataset
 from diffusion_core.data.transforms import Transform
-from diffusion_core.jobs import shard
-from diffusion_core.jobs.requests import Resources, ShardRequest, ShardResult
+from diffusion_core.jobs.request import Resources
+from diffusion_core.stages import shard
+from diffusion_core.stages.shard import ShardRequest, ShardResult
+from diffusion_core.stages.work import shard as work
 from tests.image_files import encoded, pixels, shard_here, write_images
 
 SHARDS = 24
@@ -33,7 +35,7 @@ def test_a_killed_job_is_finished_by_running_it_again(ray_cluster, python, tmp_p
     config = DatasetConfig(name="x", image_size=128, rows_per_shard=20, test_fraction=0.1)
     request = ShardRequest(store=store, source=SourceConfig(uri=str(root)), dataset=config)
     (tmp_path / "request.json").write_text(request.model_dump_json())
-    command = [python, "-m", "diffusion_core.jobs.shard", str(tmp_path / "request.json")]
+    command = [python, "-m", "diffusion_core.stages", "shard", str(tmp_path / "request.json")]
 
     job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
     finished = wait_for_records(Path(store), 3, job)
@@ -77,13 +79,13 @@ def test_an_image_that_kills_its_decoder_is_found_and_rejected(ray_cluster, tmp_
     request = ShardRequest(
         store=store, source=SourceConfig(uri=str(root)), dataset=config, resources=Resources(max_failures=0)
     )
-    planned = shard.make_plan
+    planned = work.make_plan
 
     def deadly(*args):
         plan = planned(*args)
         return replace(plan, transform=Deadly(plan.transform.config, plan.transform.size))
 
-    monkeypatch.setattr(shard, "make_plan", deadly)
+    monkeypatch.setattr(work, "make_plan", deadly)
     dataset = open_dataset(shard.run(request).uri)
     rejected = dict(dataset.rejected())
     assert rejected.keys() == {"7.png", "zero.png"} and rejected["7.png"].startswith("its decoder crashed")

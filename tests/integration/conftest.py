@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from diffusion_core.storage import Directory
-from flows.settings import load_config
+from diffusion_core.stages.settings import load_config
+from diffusion_core.store import Directory
 from tests.tiny_pipeline import SETTINGS
 
 

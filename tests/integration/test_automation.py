@@ -7,8 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -22,8 +21,8 @@ from prefect import flow, tags
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from diffusion_core import tracking
-from diffusion_core.jobs.requests import RegisterResult
 from diffusion_core.stages.events import Event
+from diffusion_core.stages.register import RegisterResult
 from diffusion_core.tracking import approval
 from diffusion_core.tracking.approval import Question
 from flows import approval as waiting
@@ -100,8 +99,8 @@ def webhook() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
 
 @flow(name="generate-images")
-def generate_images(model: str) -> str:
-    return model
+def generate_images(request: dict[str, str]) -> None:
+    return
 
 
 @flow(name="register-model")
@@ -137,7 +136,7 @@ def test_a_champion_generates_and_trouble_calls_the_webhook(
         ours = {"deployments": {"id": {"any_": [str(deployment)]}}}
         runs = wait_for(lambda: server.post("flow_runs/filter", ours), "a run of the deployment")
         wait_for(lambda: len(received) == 2, "two messages")
-    assert [run["parameters"] for run in runs] == [{"model": "models:/digits/7"}]
+    assert [run["parameters"] for run in runs] == [{"request": {"model": "models:/digits/7", "store": store}}]
     texts = sorted(message["text"] for message in received)
     assert texts[0] == "diffusion.gate.refused: digits Worse." and "the cluster burnt down" in texts[1]
     assert SECRET not in "".join(capfd.readouterr()) + json.dumps(server.post("automations/filter", {}))
@@ -158,7 +157,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> str:
 @flow(name="asks", persist_result=False)
 def asks(store: str, version: int, seconds: float) -> RegisterResult:
     """A register stage whose gate has only the question: what the gate makes of the answer is its own test."""
-    return waiting.decided(lambda: gate(store, version, seconds), store)
+    return waiting.decided(lambda: gate(store, version, seconds), lambda result: result.question, store)
 
 
 def gate(store: str, version: int, seconds: float) -> RegisterResult:
@@ -190,7 +189,7 @@ def test_an_answer_from_the_ui_from_a_shell_and_none_also_across_a_restart(
     monkeypatch.setattr(waiting, "POLL_S", 0.5)
     with ThreadPoolExecutor(3) as pool:
         futures = [pool.submit(asks, registry, version, 600 if version < 3 else 25) for version in (1, 2, 3)]
-        paused = {"flow_runs": {"state": {"type": {"any_": ["PAUSED"]}}, "name": None}}
+        paused = {"flow_runs": {"state": {"type": {"any_": ["PAUSED"]}}}}
         runs = wait_for(lambda: len(found := server.post("flow_runs/filter", paused)) == 3 and found, "three questions")
         of_version = {run["parameters"]["version"]: run["id"] for run in runs}
         reports = server.post("artifacts/filter", {"artifacts": {"key": {"any_": ["approval"]}}})
@@ -212,7 +211,10 @@ def test_an_answer_from_the_ui_from_a_shell_and_none_also_across_a_restart(
     assert "Refused by nobody" in results[2].reason and "It was not answered in" in results[2].reason
     stands = tracking.resolve_model("models:/digits/1", registry).tags
     assert (stands["approval"], stands["approval_by"]) == ("accepted", "Anna")
-    states = {run["state"]["type"] for run in server.post("flow_runs/filter", {"flow_runs": {"id": {"any_": list(of_version.values())}}})}
+    states = {
+        run["state"]["type"]
+        for run in server.post("flow_runs/filter", {"flow_runs": {"id": {"any_": list(of_version.values())}}})
+    }
     assert states == {"COMPLETED"}
 
 

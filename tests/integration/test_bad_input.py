@@ -310,7 +310,7 @@ def _furnish(store: str) -> str:
     from diffusion_core.diffusion.config import ProcessConfig
     from diffusion_core.networks import build_network
     from diffusion_core.networks.config import UNetConfig
-    from diffusion_core.storage import Directory
+    from diffusion_core.store import Directory
     from diffusion_core.tracking.connection import client
 
     images = np.random.default_rng(SEED).integers(0, 256, (12, 4, 4, 1), dtype=np.uint8)
@@ -427,7 +427,7 @@ def test_as_a_process_of_its_own(arguments: list[str], tmp_path: Path) -> None:
 def test_a_job_says_the_users_mistake_in_one_sentence(tmp_path: Path) -> None:
     """What only a job can find out comes back from it as the same kind of sentence."""
     from diffusion_core.jobs.backend import BackendConfig, run_job
-    from diffusion_core.jobs.requests import GenerateRequest, GenerateResult
+    from diffusion_core.stages.generate import GenerateRequest, GenerateResult
 
     request = GenerateRequest(store=str(tmp_path / "store"), model=str(tmp_path / "nothing"))
     with pytest.raises(UserError, match="bundle"):

@@ -10,9 +10,9 @@ import pytest
 
 from diffusion_core.evaluation.config import ClassifierConfig, ComparisonConfig, EvaluationConfig
 from diffusion_core.jobs.backend import BackendConfig, run_job
-from diffusion_core.jobs.requests import CompareRequest, CompareResult
 from diffusion_core.progress import ProgressEvent
-from diffusion_core.storage import Directory
+from diffusion_core.stages.compare import CompareRequest, CompareResult
+from diffusion_core.store import Directory
 from tests.evaluated import pictures_dataset
 from tests.tiny_bundle import tiny_bundle
 

@@ -8,10 +8,12 @@ import pytest
 from diffusion_core.diffusion.config import GuidanceConfig
 from diffusion_core.generation import open_imageset
 from diffusion_core.jobs.backend import run_job
-from diffusion_core.jobs.requests import GenerateRequest, GenerateResult, ShardResult, TrainResult
-from diffusion_core.storage import Directory
-from flows.config import PipelineConfig
-from flows.settings import load_config, preset_names
+from diffusion_core.stages.config import PipelineConfig
+from diffusion_core.stages.generate import GenerateRequest, GenerateResult
+from diffusion_core.stages.settings import load_config, preset_names
+from diffusion_core.stages.shard import ShardRequest, ShardResult
+from diffusion_core.stages.train import TrainRequest, TrainResult
+from diffusion_core.store import Directory
 from tests.digits_quality import legible, recall
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -46,7 +48,7 @@ def place(ray_cluster: object, tmp_path_factory: pytest.TempPathFactory) -> Plac
     """A store, and the digits in it."""
     store = Directory(tmp_path_factory.mktemp("digits") / "store").uri
     config = load_config("digits", shortcuts={"store": store})
-    return store, run_job("shard", config.shard_request(), ShardResult, config.backend)
+    return store, run_job("shard", ShardRequest.of(config), ShardResult, config.backend)
 
 
 def test_every_preset_of_the_digits_is_tried() -> None:
@@ -80,7 +82,7 @@ def configured(place: Place, preset: str = "digits", chosen: list[str] | None = 
 
 def trained(config: PipelineConfig, place: Place) -> str:
     """The URI of the bundle; what another test has trained is found done."""
-    return run_job("train", config.train_request(place[1]), TrainResult, config.backend).bundle_uri
+    return run_job("train", TrainRequest.of(config, place[1].uri), TrainResult, config.backend).bundle_uri
 
 
 def generated(

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 WORK = """
 import json, os, sys
 import ray
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 
 ray.init(log_to_driver=False)  # joins RAY_ADDRESS
 

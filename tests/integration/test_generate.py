@@ -9,16 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusion_core.generation.verify import verify
 from safetensors.torch import load_file, save_file
 
-from diffusion_core.bundle import RECORD, WEIGHTS
 from diffusion_core.config import UserError, digest
 from diffusion_core.generation import GenerationConfig, open_imageset
-from diffusion_core.jobs.generate import generate, run
-from diffusion_core.jobs.requests import GenerateRequest, GenerateResult, Resources
+from diffusion_core.jobs.request import Resources
 from diffusion_core.jobs.rows import on_cluster
 from diffusion_core.progress import parse_progress
-from diffusion_core.storage import Directory
+from diffusion_core.stages.generate import GenerateRequest, GenerateResult, run
+from diffusion_core.stages.work.generate import generate
+from diffusion_core.store import Directory
+from diffusion_core.store.layout import BUNDLE, WEIGHTS
 from tests.tiny_bundle import tiny_bundle
 
 SETTINGS = {"count": 100, "batch_size": 8, "images_per_shard": 8, "sampler": {"steps": 3}, "guidance": {"scale": 2.0}}
@@ -35,7 +37,7 @@ def request_for(store: str, bundle: str, workers: int = 2, **generation) -> Gene
 
 def run_program(request: GenerateRequest, folder: Path) -> subprocess.CompletedProcess[str]:
     (folder / "request.json").write_text(request.model_dump_json())
-    command = [sys.executable, "-m", "diffusion_core.jobs.generate", str(folder / "request.json")]
+    command = [sys.executable, "-m", "diffusion_core.stages", "generate", str(folder / "request.json")]
     return subprocess.run(command, capture_output=True, text=True, timeout=180)
 
 
@@ -90,7 +92,7 @@ def test_a_set_is_extended(session, store, bundle):
     assert (overlapping.images, overlapping.generated, overlapping.total_images) == (20, 10, 130)
 
     images = open_imageset(first.uri)
-    assert images.verify() == []
+    assert list(verify(images)) == []
     pixels, labels = images.read()
     assert labels.tolist() == [n % 10 for n in range(130)]
     assert len(np.unique(pixels.reshape(130, -1), axis=0)) == 130
@@ -104,7 +106,7 @@ def test_s3_and_a_folder_hold_the_same_bytes_whatever_the_workers(session, store
     assert there.uri.startswith("s3://")
     assert there.generated == 100
     assert stored_files(there.uri) == stored_files(here.uri)
-    assert open_imageset(there.uri).verify() == []
+    assert list(verify(open_imageset(there.uri))) == []
     assert run_job(s3_store, bundle, first_image_id=0).reused
 
 
@@ -113,7 +115,7 @@ def test_other_formats_hold_the_same_pixels(session, store, s3_store, bundle, fo
     parquet = run_job(store, bundle, count=24)
     other = run_job(s3_store, bundle, count=24, format=form)
     np.testing.assert_array_equal(open_imageset(other.uri).read()[0], open_imageset(parquet.uri).read()[0])
-    assert open_imageset(other.uri).verify() == []
+    assert list(verify(open_imageset(other.uri))) == []
 
 
 def test_generate_leaves_the_session_as_it_was(session, store, bundle):
@@ -160,10 +162,10 @@ def poison(bundle: str) -> None:
     weights[name][3] = float("nan")
     save_file(weights, place.local_path / WEIGHTS)
     sha256 = hashlib.sha256(place.read(WEIGHTS)).hexdigest()
-    record = place.read_json(RECORD)
+    record = place.read_json(BUNDLE)
     record["files"][WEIGHTS]["sha256"] = sha256
     record["digest"] = digest(record["identity"], sha256)
-    place.write_json(RECORD, record)
+    place.write_json(BUNDLE, record)
 
 
 def test_a_cluster_that_is_too_small_is_said_and_leaves_nothing_unfinished(session, store, bundle):

@@ -15,14 +15,10 @@ import pytest
 from diffusion_core.config import UserError
 from diffusion_core.data.config import DatasetConfig, SourceConfig, SourceKind
 from diffusion_core.jobs.backend import BackendConfig, BackendKind, JobLog, run_job
-from diffusion_core.jobs.requests import (
-    GenerateRequest,
-    GenerateResult,
-    Resources,
-    ShardRequest,
-    ShardResult,
-)
+from diffusion_core.jobs.request import Resources
 from diffusion_core.progress import ProgressEvent
+from diffusion_core.stages.generate import GenerateRequest, GenerateResult
+from diffusion_core.stages.shard import ShardRequest, ShardResult
 from tests.conftest import start_ray
 
 JOBS = BackendConfig(kind=BackendKind.jobs)

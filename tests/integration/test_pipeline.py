@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 
 from diffusion_core.config import UserError
-from diffusion_core.storage import Directory
-from diffusion_core.training.checkpoint import RECORD
-from flows.settings import load_config
+from diffusion_core.stages.settings import load_config
+from diffusion_core.store import Directory
+from diffusion_core.store.layout import CHECKPOINT
 from tests.tiny_pipeline import COUNT, SETTINGS
 
 
@@ -139,7 +139,8 @@ def test_the_store_lists_what_it_has(first: Any, store: str, capsys: pytest.Capt
 
 def test_a_users_mistake_is_not_tried_again(prefect_server: None, store: str, tmp_path: Path) -> None:
     """A file that only the job finds to be wrong fails the flow at once, with the job's sentence."""
-    from flows.pipeline import shard_dataset
+    from diffusion_core.stages.shard import ShardRequest
+    from flows.stages import FLOWS
 
     for number in range(4):
         (tmp_path / f"{number}.png").write_bytes(b"no picture")
@@ -147,7 +148,7 @@ def test_a_users_mistake_is_not_tried_again(prefect_server: None, store: str, tm
         shortcuts={"name": "broken", "source.uri": str(tmp_path), "dataset.image_size": 8, "store": store}
     )
     with pytest.raises(UserError, match="reject"):
-        shard_dataset(config.shard_request(), config.backend)
+        FLOWS["shard"](ShardRequest.of(config), config.backend)
     jobs = Directory(store) / "jobs"
     requests = [(jobs / name).read_json("request.json") for name in jobs.children() if name.startswith("shard-")]
     assert [request["dataset"]["name"] for request in requests].count("broken") == 1
@@ -209,7 +210,7 @@ def _checkpoints(store: str, besides: set[str]) -> list[int]:
     found = []
     for entry in (Directory(store) / "runs").list():
         run, _, rest = entry.key.partition("/")
-        if run not in besides and rest.startswith("checkpoints/") and rest.endswith(RECORD):
+        if run not in besides and rest.startswith("checkpoints/") and rest.endswith(CHECKPOINT):
             found.append(int(rest.split("/")[1]))
     return found
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from diffusion_core.data import open_dataset
 from diffusion_core.generation import open_imageset
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from tests.swift_server import SECRET_KEY
 
 BROKEN = {"circle/017.png": "truncated", "circle/055.jpg": "empty", "square/101.png": "no picture"}

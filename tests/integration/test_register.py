@@ -13,9 +13,11 @@ import pytest
 from diffusion_core import tracking
 from diffusion_core.evaluation.config import ClassifierConfig, EvaluationConfig, GateConfig
 from diffusion_core.generation import open_imageset
-from diffusion_core.jobs.requests import EvaluateRequest, EvaluateResult, RegisterRequest, RegisterResult, Resources
+from diffusion_core.jobs.request import Resources
 from diffusion_core.progress import parse_progress
-from diffusion_core.storage import Directory
+from diffusion_core.stages.evaluate import EvaluateRequest, EvaluateResult
+from diffusion_core.stages.register import RegisterRequest, RegisterResult
+from diffusion_core.store import Directory
 from tests.evaluated import pictures_dataset
 from tests.tiny_bundle import tiny_bundle
 
@@ -32,7 +34,7 @@ GATE = GateConfig(first_limit=1e6, resamples=100)
 def run_job(stage: str, folder: Path, request, result_type, ok: bool = True):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "request.json").write_text(request.model_dump_json())
-    command = [sys.executable, "-m", f"diffusion_core.jobs.{stage}", str(folder / "request.json")]
+    command = [sys.executable, "-m", "diffusion_core.stages", stage, str(folder / "request.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=170)
     if not ok:
         return done

@@ -20,9 +20,10 @@ from diffusion_core.data.config import DatasetConfig, SourceConfig
 from diffusion_core.data.hashing import HashCache
 from diffusion_core.data.shards import open_dataset
 from diffusion_core.data.sources import open_source
-from diffusion_core.jobs import shard
-from diffusion_core.jobs.requests import ShardRequest, ShardResult
-from diffusion_core.storage import Directory
+from diffusion_core.stages import shard
+from diffusion_core.stages.shard import ShardRequest, ShardResult
+from diffusion_core.stages.work import shard as work
+from diffusion_core.store import Directory
 from tests.image_files import encoded, pixels, shard_here, write_images, write_parquet
 
 
@@ -35,7 +36,7 @@ def program(python: str, place: Path, wanted: ShardRequest) -> subprocess.Comple
     """Run the job as a backend does."""
     place.mkdir(exist_ok=True)
     (place / "request.json").write_text(wanted.model_dump_json())
-    command = [python, "-m", "diffusion_core.jobs.shard", str(place / "request.json")]
+    command = [python, "-m", "diffusion_core.stages", "shard", str(place / "request.json")]
     return subprocess.run(command, capture_output=True, text=True, timeout=150)
 
 
@@ -83,7 +84,7 @@ def test_a_finished_version_is_found_without_ray_and_torch(python, tmp_path, sto
     wanted = request(store, {"uri": str(root)})
     made = shard_here(store, wanted.source, wanted.dataset)
     code = (
-        "import sys, time; from diffusion_core.jobs.shard import run, ShardRequest;"
+        "import sys, time; from diffusion_core.stages.shard import run, ShardRequest;"
         f"wanted = ShardRequest.model_validate_json({wanted.model_dump_json()!r});"
         "began = time.monotonic(); result = run(wanted); assert result.reused, result;"
         "assert time.monotonic() - began < 3;"
@@ -152,7 +153,7 @@ def test_a_large_source_is_hashed_and_spooled_by_the_cluster(ray_cluster, tmp_pa
     wanted = request(store, {"uri": str(tmp_path / "source")}, rows_per_shard=20)
     plain = shard_here(tmp_path / "plain", wanted.source, wanted.dataset)
     monkeypatch.setattr(spool, "SPOOL_ABOVE_BYTES", 0)
-    monkeypatch.setattr(shard, "HASH_HERE_FILES", 0)
+    monkeypatch.setattr(work, "HASH_HERE_FILES", 0)
     result = shard.run(wanted)
     assert (result.rejected, result.version) == (3, plain.version)
     assert open_dataset(result.uri).manifest["shards"] == plain.manifest["shards"]

@@ -19,10 +19,11 @@ import pytest
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from diffusion_core.data.shards import Batch, write_dataset
-from diffusion_core.jobs.requests import TrainRequest
 from diffusion_core.networks.config import UNetConfig
-from diffusion_core.storage import Directory
+from diffusion_core.stages.train import TrainRequest
+from diffusion_core.store import Directory
 from diffusion_core.training.config import TrainingConfig
+from diffusion_core.training.run import TrainSpec
 
 DEPLOYMENTS = {
     "shard-dataset/shard-dataset",
@@ -31,6 +32,7 @@ DEPLOYMENTS = {
     "compare-samplers/compare-samplers",
     "export-average/export-average",
     "generate-images/generate-images",
+    "register-model/register-model",
     "diffusion-pipeline/digits",
     "diffusion-pipeline/fashion-mnist",
     "diffusion-pipeline/cifar10",
@@ -114,14 +116,14 @@ def train_request(store: str) -> TrainRequest:
     """A training that would take hours."""
     images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), dtype=np.uint8)
     dataset = write_dataset(store, "toy", {"train": Batch(images)})
-    return TrainRequest(
-        store=store,
+    spec = TrainSpec(
         dataset_uri=dataset.uri,
         network=UNetConfig(base_channels=8, channel_multipliers=(1, 2), blocks_per_level=1, head_channels=8),
         training=TrainingConfig(
             batch_size=8, microbatch_size=4, images=10_000_000, checkpoint_every_images=64, preview_every_images=0
         ),
     )
+    return TrainRequest(store=store, spec=spec)
 
 
 @pytest.mark.timeout(420)

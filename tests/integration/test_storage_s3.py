@@ -16,9 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from diffusion_core import storage_s3
 from diffusion_core.config import UserError
-from diffusion_core.storage import Directory, check_reachable
+from diffusion_core.store import Directory, check_reachable, s3, s3_client
 from tests.storage_contract import StorageContract
 from tests.swift_server import SwiftServer
 
@@ -45,7 +44,7 @@ def test_listings_longer_than_a_page(s3_store: str, monkeypatch: pytest.MonkeyPa
     place = Directory(s3_store)
     for n in range(25):
         place.write(f"d{n:02}/x", b"1")
-    client = storage_s3._client()
+    client = s3_client.client()
     real = client.list_objects_v2
     monkeypatch.setattr(client, "list_objects_v2", lambda **options: real(MaxKeys=4, **options))
     assert [entry.key for entry in place.list()] == [f"d{n:02}/x" for n in range(25)]
@@ -55,7 +54,7 @@ def test_listings_longer_than_a_page(s3_store: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_large_files_go_up_in_parts(s3_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage_s3, "PART_BYTES", 5 * MIB)
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * MIB)
     place = Directory(s3_store)
     data = bytes(range(256)) * (4096 * 12) + b"the end"  # 12 MiB and a rest: three parts
     (tmp_path / "large").write_bytes(data)
@@ -70,8 +69,8 @@ def test_large_files_go_up_in_parts(s3_store: str, tmp_path: Path, monkeypatch: 
 
 
 def test_of_two_uploads_in_parts_one_wins(s3_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage_s3, "PART_BYTES", 5 * MIB)
-    monkeypatch.setattr(storage_s3.S3Prefix, "size", lambda *_: None)  # both start before either has ended
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * MIB)
+    monkeypatch.setattr(s3.S3Place, "size", lambda *_: None)  # both start before either has ended
     place = Directory(s3_store)
     assert place.create("large", b"a" * 6 * MIB)
     assert not place.create("large", b"b" * 6 * MIB)
@@ -258,7 +257,7 @@ def test_a_commit_whose_answer_was_lost_is_still_ours(faults: Faults, s3_store: 
 
 
 def test_parts_are_retried_one_by_one(faults: Faults, s3_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage_s3, "PART_BYTES", 5 * MIB)
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * MIB)
     faults.plan = ["503", "lost"]
     assert Directory(s3_store).create("large", b"a" * 6 * MIB) is True
     assert Directory(s3_store).read("large") == b"a" * 6 * MIB
@@ -268,12 +267,12 @@ def test_parts_are_retried_one_by_one(faults: Faults, s3_store: str, monkeypatch
 def test_an_upload_in_parts_whose_answer_was_lost_is_still_ours(
     faults: Faults, s3_store: str, monkeypatch: pytest.MonkeyPatch, second_answer: str
 ) -> None:
-    monkeypatch.setattr(storage_s3, "PART_BYTES", 5 * MIB)
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * MIB)
     place = Directory(s3_store)
     faults.method, faults.plan = "POST", ["", "lost", second_answer]  # the start goes through, then the end is lost
     assert place.create("large", b"a" * 6 * MIB) is True
     assert faults.plan == [] and place.size("large") == 6 * MIB
-    monkeypatch.setattr(storage_s3.S3Prefix, "size", lambda *_: None)
+    monkeypatch.setattr(s3.S3Place, "size", lambda *_: None)
     faults.plan = ["", "503", "412 PreconditionFailed"]  # its second attempt finds the object of the first upload
     assert place.create("large", b"b" * 6 * MIB) is False
 

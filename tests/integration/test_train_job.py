@@ -11,7 +11,7 @@ import pytest
 
 from diffusion_core.bundle import load_bundle
 from diffusion_core.progress import parse_progress
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from diffusion_core.training import open_run, train
 from tests.conftest import start_ray
 from tests.toy_training import (

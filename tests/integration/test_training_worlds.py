@@ -110,7 +110,7 @@ def takes_a_run_that_is_held(world, dataset, store, held_s):
 
     import torch.distributed as dist
 
-    from diffusion_core.lease import claim
+    from diffusion_core.store.lease import claim
     from diffusion_core.training.__main__ import take_run
 
     world.control = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=3))

@@ -12,7 +12,7 @@ import pytest
 from diffusion_core.config import UserError
 from diffusion_core.data.sources.digits import digits_from_uint8, digits_to_uint8
 from diffusion_core.data.transforms import RejectedItem
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from tests.image_files import Found, pixels, write_idx
 
 

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from diffusion_core.catalog import prune
 from diffusion_core.config import UserError
 from diffusion_core.jobs import backend
 from diffusion_core.jobs.backend import BackendConfig, BackendKind, JobFailed, LocalJob, run_job
-from diffusion_core.jobs.requests import GenerateRequest, GenerateResult
-from diffusion_core.patience import StoreUnavailable
 from diffusion_core.progress import ProgressEvent
-from diffusion_core.storage import Directory
-from flows import prune
+from diffusion_core.stages.generate import GenerateRequest, GenerateResult
+from diffusion_core.store import Directory
+from diffusion_core.store.patience import StoreUnavailable
 
 REQUEST = {"model": "models:/digits@champion"}
 RESULT = GenerateResult(
@@ -76,7 +76,7 @@ def test_the_request_goes_out_and_progress_lines_and_the_result_come_back(run_pr
     result = run_program(
         f"""
         import pathlib, sys
-        from diffusion_core.jobs.requests import GenerateRequest
+        from diffusion_core.stages.generate import GenerateRequest
         from diffusion_core.progress import Progress
         request = pathlib.Path(sys.argv[1])
         assert GenerateRequest.model_validate_json(request.read_text()).model == "{REQUEST["model"]}"
@@ -112,8 +112,8 @@ def test_a_full_store_keeps_its_sentence_though_it_takes_no_file(run_program):
     text = """
         import errno, os, sys
         from diffusion_core.jobs import protocol
-        from diffusion_core.jobs.requests import GenerateRequest
-        from diffusion_core.storage import Directory
+        from diffusion_core.stages.generate import GenerateRequest
+        from diffusion_core.store import Directory
 
         def full(*_):
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -122,7 +122,7 @@ def test_a_full_store_keeps_its_sentence_though_it_takes_no_file(run_program):
             os.replace = os.link = full
             Directory(request.store).write("images", b"")
 
-        sys.exit(protocol.main("generate", GenerateRequest, run))
+        sys.exit(protocol.main("generate", GenerateRequest, run, sys.argv[1]))
         """
     with pytest.raises(UserError, match=r"^/.*/store/images cannot be used: the disk is full\.$"):
         run_program(text)
@@ -141,12 +141,12 @@ def test_a_store_that_was_away_for_the_job_is_one_sentence_and_no_mistake_of_the
             """
             import sys
             from diffusion_core.jobs import protocol
-            from diffusion_core.jobs.requests import GenerateRequest
-            from diffusion_core.patience import StoreUnavailable
+            from diffusion_core.stages.generate import GenerateRequest
+            from diffusion_core.store.patience import StoreUnavailable
             def run(request):
                 print("generate: hello", flush=True)
                 raise StoreUnavailable("The store s3://b cannot be reached: x answered 503.")
-            sys.exit(protocol.main("generate", GenerateRequest, run))
+            sys.exit(protocol.main("generate", GenerateRequest, run, sys.argv[1]))
             """
         )
 
@@ -174,11 +174,11 @@ def test_a_signal_ends_a_bare_job_with_one_sentence(tmp_path: Path, signum: int,
     job = """
         import sys, time
         from diffusion_core.jobs import protocol
-        from diffusion_core.jobs.requests import GenerateRequest
+        from diffusion_core.stages.generate import GenerateRequest
         def run(request):
             print("running", flush=True)
             time.sleep(60)
-        sys.exit(protocol.main("generate", GenerateRequest, run))
+        sys.exit(protocol.main("generate", GenerateRequest, run, sys.argv[1]))
     """
     (tmp_path / "request.json").write_text(GenerateRequest(store=str(tmp_path), **REQUEST).model_dump_json())
     command = [*program(job), str(tmp_path / "request.json")]
@@ -242,7 +242,7 @@ def test_a_signal_to_the_one_who_waits_reaches_the_job(signum: int, tmp_path: Pa
     waiter = f"""
         import signal, sys
         from diffusion_core.jobs import backend
-        from diffusion_core.jobs.requests import GenerateRequest, GenerateResult
+        from diffusion_core.stages.generate import GenerateRequest, GenerateResult
         start = backend.LocalJob.__init__
         backend.LocalJob.__init__ = lambda self, command: start(self, {program(job)!r})
         signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(143))

@@ -21,7 +21,7 @@ from diffusion_core.config import UserError
 from diffusion_core.diffusion.config import ProcessConfig
 from diffusion_core.networks import build_network
 from diffusion_core.networks.config import UNetConfig
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 
 NETWORK = UNetConfig(base_channels=8, channel_multipliers=(1, 2), blocks_per_level=1, head_channels=8)
 PNG = b"\x89PNG\r\n\x1a\n picture"

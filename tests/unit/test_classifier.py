@@ -27,10 +27,10 @@ from diffusion_core.generation.imageset import describe, open_imageset
 from diffusion_core.generation.plan import ShardTask
 from diffusion_core.generation.worker import Generator, ShardWorker
 from diffusion_core.networks import NoisyClassifier, NoisyClassifierConfig, UNet, build_network
+from diffusion_core.stages import checks, pipeline
+from diffusion_core.stages.settings import load_config
 from diffusion_core.training import open_run, posthoc, train
 from diffusion_core.training.preview import noisy_images
-from flows import preflight
-from flows.settings import load_config
 from tests.toy_training import StopAt, assert_same_weights, losses, toy_dataset, toy_network, toy_spec
 
 TINY = NoisyClassifierConfig(
@@ -309,7 +309,7 @@ def test_a_classifier_is_no_model_of_images(store, model_uri, classifier_uri, tm
 
     def check(process=model.process, classes=model.class_names, **guidance):
         config = GuidanceConfig(**guidance)
-        preflight.check_guidance("generation.guidance", config, process, model.image_shape, classes, store)
+        checks.check_guidance("generation.guidance", config, process, model.image_shape, classes, store)
 
     check(classifier=classifier_uri, classifier_scale=1.0)
     for fields, said in (
@@ -338,4 +338,4 @@ def test_a_classifier_is_no_model_of_images(store, model_uri, classifier_uri, tm
     with pytest.raises(UserError, match=r"training\.objective is not for the network\.kind classifier"):
         open_run(str(tmp_path), weighted)
     with pytest.raises(UserError, match="train it alone, with diffusion train"):
-        preflight.check_pipeline(load_config("digits", settings=["network.kind=classifier", f"store={tmp_path}"]))
+        pipeline.check(load_config("digits", settings=["network.kind=classifier", f"store={tmp_path}"]))

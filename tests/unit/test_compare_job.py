@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from diffusion_core.bundle import bundle_digest, load_bundle
+from diffusion_core.catalog import listing, prune
 from diffusion_core.config import UserError
 from diffusion_core.diffusion import build_sampler, make_process
 from diffusion_core.diffusion.config import GuidanceConfig, ProcessConfig, SamplerConfig, SamplerKind
@@ -20,12 +21,11 @@ from diffusion_core.evaluation.classifier import classifier_extractor
 from diffusion_core.evaluation.config import ClassifierConfig, ComparisonConfig, EvaluationConfig
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.generation.worker import Generator, NonFiniteImages
-from diffusion_core.jobs import compare, compare_cell
-from diffusion_core.jobs.compare_cell import Count, counted
-from diffusion_core.jobs.requests import CompareRequest
 from diffusion_core.jobs.rows import WorkersDied
-from diffusion_core.storage import Directory
-from flows import listing, prune
+from diffusion_core.stages.compare import CompareRequest, run
+from diffusion_core.stages.work import compare, compare_cell
+from diffusion_core.stages.work.compare_cell import Count, counted
+from diffusion_core.store import Directory
 from tests.evaluated import pictures_dataset
 from tests.tiny_bundle import tiny_bundle
 
@@ -136,7 +136,7 @@ def stored(uri: str) -> dict[str, bytes]:
 
 
 def test_more_seeds_and_contestants_are_added_to_what_is_there(place, inline, store, capsys):
-    first = compare.run(request_of(place, store))
+    first = run(request_of(place, store))
     assert (first.cells, first.made, first.reused) == (4, 4, False)
     assert inline[0].startswith("cells/") and len(set(inline)) == 4
     assert '"done":576,"total":576,"unit":"network evaluations"' in capsys.readouterr().out  # 2 x 32 images x 9
@@ -148,10 +148,10 @@ def test_more_seeds_and_contestants_are_added_to_what_is_there(place, inline, st
         parent, _, key = getattr(first, name).rpartition("/")
         assert Directory(parent).read(key)
 
-    again = compare.run(request_of(place, store))
+    again = run(request_of(place, store))
     assert again.reused and again.made == 0 and again.comparison == found and len(inline) == 4
 
-    more = compare.run(request_of(place, store, contestants=[*CONTESTANTS, "heun:2"], seeds=3, reference="ddim:3"))
+    more = run(request_of(place, store, contestants=[*CONTESTANTS, "heun:2"], seeds=3, reference="ddim:3"))
     assert (more.cells, more.made) == (9, 5)
     assert more.uri.partition("/views/")[0] == first.uri.partition("/views/")[0]
     assert {key: data for key, data in stored(more.uri).items() if key in cells} == cells
@@ -159,33 +159,33 @@ def test_more_seeds_and_contestants_are_added_to_what_is_there(place, inline, st
     assert more.comparison.standings[0].distances[:2] == found.standings[0].distances
 
     named = [{"name": "mine", "sampler": {"kind": "heun", "steps": 2}}, "ddpm:6"]
-    renamed = compare.run(request_of(place, store, contestants=named, seeds=3))
+    renamed = run(request_of(place, store, contestants=named, seeds=3))
     assert renamed.made == 0 and renamed.comparison.standings[0].name == "mine"
     assert renamed.comparison.standings[0].distances == more.comparison.standings[2].distances
 
 
 def test_prune_takes_the_comparisons_of_a_run_that_goes(place, inline, store):
-    home = compare.run(request_of(place, store)).uri.partition("/views/")[0]
+    home = run(request_of(place, store)).uri.partition("/views/")[0]
     assert [found.uri for found in prune._their_measurements(store, {RUN_OF_TINY_BUNDLES})] == [home]
     assert list(prune._their_measurements(store, {"another"})) == []
 
 
 def test_another_number_of_images_is_another_comparison(place, inline, store):
-    first, other = compare.run(request_of(place, store)), compare.run(request_of(place, store, images=40))
+    first, other = run(request_of(place, store)), run(request_of(place, store, images=40))
     assert other.made == 4 and other.uri.partition("/views/")[0] != first.uri.partition("/views/")[0]
-    floor = compare.run(request_of(place, store, images=9999, seeds=1, contestants=["ddim:1"])).comparison
+    floor = run(request_of(place, store, images=9999, seeds=1, contestants=["ddim:1"])).comparison
     assert (floor.images, floor.floor.images) == (300, 100)  # the train split, and all that is held out
 
 
 def test_a_job_that_broke_goes_on_where_it_was(place, inline, store, monkeypatch):
-    whole = compare.run(request_of(place, store))
+    whole = run(request_of(place, store))
     cells = stored(whole.uri)
     directory = Directory(whole.uri.partition("/views/")[0])
     (directory / "views").delete_tree()
     lost = sorted(cells)[1]
     directory.delete(lost)
     inline.clear()
-    after = compare.run(request_of(place, store))
+    after = run(request_of(place, store))
     assert inline == [lost] and after.made == 1
     assert stored(after.uri) == cells and after.comparison == whole.comparison
 
@@ -199,19 +199,19 @@ def test_a_contestant_that_gives_no_numbers_does_not_stop_the_others(place, inli
         return images(self, *given)
 
     monkeypatch.setattr(Generator, "images", fails)
-    found = compare.run(request_of(place, store, candidate="ddim:3")).comparison
+    found = run(request_of(place, store, candidate="ddim:3")).comparison
     assert found.failed == {"ddim:3": "the network gave infinite or undefined values for image 7"}
     assert [each.name for each in found.standings] == ["ddpm:6"] and found.verdict is None
     inline.clear()
-    assert compare.run(request_of(place, store, candidate="ddim:3", limit=2)).made == 0  # it would fail again
+    assert run(request_of(place, store, candidate="ddim:3", limit=2)).made == 0  # it would fail again
 
 
 def test_what_does_not_fit_is_refused_by_the_job_too(place, inline):
     with pytest.raises(UserError, match=r"ddim:2000: sampler\.steps: 2000 is more than the 1000 timesteps"):
-        compare.run(request_of(place, contestants=["ddim:2000"]))
+        run(request_of(place, contestants=["ddim:2000"]))
     changed = EVALUATION.model_copy(update={"neighbours": 100})
     with pytest.raises(UserError, match=r"has 100 test .* at least 101 of each"):
-        compare.run(request_of(place).model_copy(update={"evaluation": changed}))
+        run(request_of(place).model_copy(update={"evaluation": changed}))
     assert inline == []
 
 
@@ -220,14 +220,14 @@ def test_guidance_is_part_of_a_cell_and_a_guide_by_its_content(place, inline, st
     guides = [tiny_bundle(tmp_path / str(seed), dataset.class_names, dataset.image_shape, seed) for seed in (1, 1, 2)]
     for copy, uri in enumerate(guides):
         guided = [{"sampler": {"steps": 2}, "guidance": {"scale": 2.0, "guide": uri}}]
-        made = compare.run(request_of(place, store, contestants=guided, seeds=1)).made
+        made = run(request_of(place, store, contestants=guided, seeds=1)).made
         assert made == (0 if copy == 1 else 1)
-    first = compare.run(request_of(place, store, contestants=guided, seeds=1))
+    first = run(request_of(place, store, contestants=guided, seeds=1))
     replace_guide(place, guides[2], 3)
-    other = compare.run(request_of(place, store, contestants=guided, seeds=1))
+    other = run(request_of(place, store, contestants=guided, seeds=1))
     assert (first.made, other.made) == (0, 1) and other.uri != first.uri
     assert other.comparison.standings[0].distances != first.comparison.standings[0].distances
-    assert compare.run(request_of(place, store, contestants=["ddim:2@2"], seeds=1)).made == 1
+    assert run(request_of(place, store, contestants=["ddim:2@2"], seeds=1)).made == 1
     assert GuidanceConfig(scale=2.0) == ComparisonConfig(contestants=["ddim:2@2"]).contestants[0].guidance
 
 
@@ -241,7 +241,7 @@ def test_a_guide_that_is_replaced_meanwhile_is_refused(place, inline, store, tmp
     _, dataset, _ = place
     guide = tiny_bundle(tmp_path / "guide", dataset.class_names, dataset.image_shape, 1)
     guided = [{"sampler": {"steps": 2}, "guidance": {"scale": 2.0, "guide": guide}}]
-    cells = stored(compare.run(request_of(place, store, contestants=guided, seeds=1)).uri)
+    cells = stored(run(request_of(place, store, contestants=guided, seeds=1)).uri)
     assert all(f'"guide":"{bundle_digest(guide)}"' in data.decode().replace(" ", "") for data in cells.values())
     rows = compare._rows
 
@@ -252,12 +252,12 @@ def test_a_guide_that_is_replaced_meanwhile_is_refused(place, inline, store, tmp
 
     monkeypatch.setattr(compare, "_rows", replaced)
     with pytest.raises(UserError, match=r"The guide .*/guide is not the one that the comparison began with\."):
-        compare.run(request_of(place, store, contestants=guided, seeds=2))
+        run(request_of(place, store, contestants=guided, seeds=2))
 
 
 def test_all_that_defines_the_images_is_in_the_address_and_reaches_the_worker(place, inline, store, monkeypatch):
     asked = request_of(place, store, contestants=["ddim:2"], seeds=2)
-    compare.run(asked)
+    run(asked)
     generation, used = compare._Bench._generation, []
     rounded = {"precision": "bfloat16", "threads": 2}
 
@@ -270,17 +270,17 @@ def test_all_that_defines_the_images_is_in_the_address_and_reaches_the_worker(pl
 
     monkeypatch.setattr(compare._Bench, "_generation", other)
     monkeypatch.setattr(compare_cell, "_figures", figures)
-    again = compare.run(asked)
+    again = run(asked)
     assert again.made == 2 and len(stored(again.uri)) == 4
     assert [each.seed for each in used] == [0, 1] and used[0] == other(
         compare._bench(asked), asked.comparison.contestants[0]
     )
     monkeypatch.setattr(GenerationConfig, "algorithm_version", 99)
-    assert compare.run(asked).made == 2
+    assert run(asked).made == 2
 
 
 def test_a_set_is_made_block_by_block_to_the_same_figures(place, inline, store, monkeypatch):
-    whole = stored(compare.run(request_of(place, store)).uri)
+    whole = stored(run(request_of(place, store)).uri)
     images, sizes = Generator.images, []
 
     def watched(self, ids, *given):
@@ -292,7 +292,7 @@ def test_a_set_is_made_block_by_block_to_the_same_figures(place, inline, store, 
     for key in whole:
         Directory(compare._bench(request_of(place, store)).directory.uri).delete(key)
     compare._bench(request_of(place, store)).view.delete_tree()
-    assert stored(compare.run(request_of(place, store)).uri) == whole
+    assert stored(run(request_of(place, store)).uri) == whole
     assert sizes == [16, 8] * 4
 
 
@@ -306,9 +306,9 @@ def test_contestants_whose_workers_die_are_named_and_the_others_stored(place, in
 
     monkeypatch.setattr(compare, "on_cluster", deadly)
     with pytest.raises(UserError, match=r"at cells of heun:2, and all other cells are stored: leave these"):
-        compare.run(request_of(place, store, contestants=[*CONTESTANTS, "heun:2"]))
+        run(request_of(place, store, contestants=[*CONTESTANTS, "heun:2"]))
     monkeypatch.setattr(compare, "on_cluster", work_on)
-    assert compare.run(request_of(place, store)).made == 0
+    assert run(request_of(place, store)).made == 0
 
 
 def test_another_classifier_beside_another_extractor_is_another_comparison(place, inline, monkeypatch):
@@ -327,7 +327,7 @@ def test_another_classifier_beside_another_extractor_is_another_comparison(place
     for images in (32, 500):
         evaluation = EvaluationConfig(classifier=EVALUATION.classifier.model_copy(update={"images": images}))
         asked = request_of(place, contestants=["ddim:1"], seeds=1).model_copy(update={"evaluation": evaluation})
-        found = compare.run(asked)
+        found = run(asked)
         seen = classifier_extractor(dataset, evaluation.classifier).classify(held_out.images)
         accuracies.append(found.comparison.floor.accuracy)
         assert accuracies[-1] == (seen == held_out.labels).mean() and found.made == 1

@@ -25,9 +25,12 @@ from diffusion_core.evaluation.config import (
 )
 from diffusion_core.evaluation.inversion import inversion_error
 from diffusion_core.evaluation.likelihood import held_out_likelihood
-from diffusion_core.jobs import register
-from diffusion_core.jobs.evaluate import attach, check_comparable, evaluate, samples_of
-from diffusion_core.jobs.requests import EvaluateRequest, RegisterRequest, Resources
+from diffusion_core.jobs.request import Resources
+from diffusion_core.stages import register
+from diffusion_core.stages.evaluate import EvaluateRequest
+from diffusion_core.stages.register import RegisterRequest
+from diffusion_core.stages.work import gate as work
+from diffusion_core.stages.work.evaluate import attach, check_comparable, evaluate, samples_of
 from diffusion_core.tracking import approval, connection
 from tests.evaluated import model_of_quality, pictures_dataset
 from tests.tiny_bundle import tiny_bundle
@@ -178,8 +181,7 @@ def test_a_finished_evaluation_is_found_without_torch_ray_or_mlflow(store, datas
     request = EvaluateRequest(store=store, bundle_uri=bundles["good"], dataset_uri=dataset.uri, evaluation=CONFIG)
     (tmp_path / "request.json").write_text(request.model_dump_json())
     code = (
-        "import sys; from diffusion_core.jobs.evaluate import run\n"
-        "from diffusion_core.jobs.requests import EvaluateRequest\n"
+        "import sys; from diffusion_core.stages.evaluate import EvaluateRequest, run\n"
         "result = run(EvaluateRequest.model_validate_json(open(sys.argv[1]).read()))\n"
         "assert result.reused and not {'torch', 'ray', 'mlflow'} & set(sys.modules)\n"
         "print(result.uri)"
@@ -199,7 +201,8 @@ def test_an_evaluation_that_comes_late_changes_nothing_and_reports_what_is_store
         if what != "generated images":
             return found
         monkeypatch.setattr(Measurer, "measure", measure)
-        monkeypatch.setattr("diffusion_core.jobs.evaluate.one_at_a_time", lambda *_: nullcontext())  # it lost its turn
+        # It lost its turn.
+        monkeypatch.setattr("diffusion_core.stages.work.evaluate.one_at_a_time", lambda *_: nullcontext())
         done = measured(store, dataset, bundle)
         first.append((done.report, {entry.key: entry.stamp for entry in done.directory.list()}))
         return Features(found.values + 1, found.seen, found.asked)  # as a machine of another kind may find
@@ -312,7 +315,7 @@ def test_a_champion_set_by_hand_during_the_comparison_is_compared_with(store, da
     gate(store, dataset, run_id, bundles["poor"], "hand", first_limit=1000)
     defaults = tracking.ServingDefaults(sampler={"steps": 2}, guidance_scale=1, batch_size=4)
     version, _ = tracking.register_version(store, "hand", bundles["real"], run_id, defaults)
-    real, calls = register.difference_interval, []
+    real, calls = work.difference_interval, []
 
     def interval(*args):
         calls.append(args)
@@ -320,7 +323,7 @@ def test_a_champion_set_by_hand_during_the_comparison_is_compared_with(store, da
             tracking.promote("hand", version, store)
         return real(*args)
 
-    monkeypatch.setattr(register, "difference_interval", interval)
+    monkeypatch.setattr(work, "difference_interval", interval)
     result = gate(store, dataset, run_id, bundles["good"], "hand")
     assert len(calls) == 2 and not result.promoted and result.figures["champion_version"] == version
 
@@ -352,7 +355,7 @@ def test_gates_of_one_model_run_one_at_a_time(store, dataset, bundles, run_id):
 
 def test_a_gate_whose_holder_died_is_succeeded(store, dataset, bundles, run_id):
     code = (
-        "import os, sys; from diffusion_core.lease import claim; from diffusion_core.storage import Directory\n"
+        "import os, sys; from diffusion_core.store.lease import claim; from diffusion_core.store import Directory\n"
         "claim(Directory(sys.argv[1]) / 'gates/dead', {}); os._exit(9)"
     )
     subprocess.run([sys.executable, "-c", code, store])

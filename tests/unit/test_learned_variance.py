@@ -26,7 +26,7 @@ from diffusion_core.diffusion import (
     make_schedule,
 )
 from diffusion_core.networks import UNetConfig, build_network
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from diffusion_core.training.run import check_start
 
 LEARNED = ProcessConfig.model_validate({"variance": "learned_range", "timesteps": 50})

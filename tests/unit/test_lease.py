@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from diffusion_core.lease import Held, Lease, acquire, claim
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
+from diffusion_core.store.lease import Held, Lease, acquire, claim
 
 ELSEWHERE = {"host": "another machine", "pid": 1, "started": "1"}
 
@@ -56,7 +56,7 @@ def test_the_first_outcome_stays(place):
 
 def test_a_killed_process_on_this_machine_is_followed_at_once(place):
     code = (
-        "import sys, time; from diffusion_core.lease import claim; from diffusion_core.storage import Directory\n"
+        "import sys, time; from diffusion_core.store.lease import claim; from diffusion_core.store import Directory\n"
         "claim(Directory(sys.argv[1]), {}); print('claimed', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, place.uri], stdout=subprocess.PIPE, text=True)
@@ -123,7 +123,7 @@ def test_a_stale_listing_does_not_make_two_holders(place, monkeypatch):
     first = claim(place, {})
     first.end()
     second = claim(place, {})
-    monkeypatch.setattr("diffusion_core.lease._newest", lambda directory: 1)
+    monkeypatch.setattr("diffusion_core.store.lease._newest", lambda directory: 1)
     held = claim(place, {})
     assert isinstance(held, Held) and held.number == 2
     second.end()

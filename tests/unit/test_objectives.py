@@ -28,8 +28,8 @@ from diffusion_core.diffusion import (
 from diffusion_core.diffusion.bound import prior_bits, step_bits
 from diffusion_core.diffusion.losses import decoder_nats, gaussian_kl
 from diffusion_core.diffusion.objective_config import Weighting, check_objective, timestep_probabilities
+from diffusion_core.stages.settings import load_config
 from diffusion_core.training import TrainingConfig
-from flows.settings import load_config
 
 quick = settings(max_examples=40, deadline=None)
 

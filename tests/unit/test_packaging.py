@@ -15,6 +15,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from diffusion_core.stages.registry import STAGES
+
 ROOT = Path(__file__).parent.parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONSTRAINTS = (ROOT / "infra" / "constraints.txt").read_text()
@@ -109,7 +111,7 @@ for name in sys.argv[1:]:
 
 def test_the_library_works_without_cluster_software() -> None:
     """Importing every module of the rooms that train, sample and measure asks for no Ray, Prefect or MLflow."""
-    rooms = ("config", "patience", "storage", "storage_s3", "storage_s3_check", "progress", "lease", "bundle")
+    rooms = ("config", "store", "progress", "bundle")
     rooms += ("diffusion", "networks", "data", "training", "generation")
     modules = [name for room in rooms for name in _modules(f"diffusion_core.{room}")]
     assert len(modules) > 25
@@ -119,8 +121,9 @@ def test_the_library_works_without_cluster_software() -> None:
 LOADED = "import sys, {module}; print(*sorted(set(sys.modules) & set(sys.argv[1:])))"
 
 LIGHT = (
-    "diffusion_core", "diffusion_core.config", "diffusion_core.storage", "diffusion_core.progress",
-    "diffusion_core.jobs.requests", "diffusion_core.jobs.protocol",
+    "diffusion_core", "diffusion_core.config", "diffusion_core.store", "diffusion_core.progress",
+    "diffusion_core.jobs.request", "diffusion_core.jobs.protocol", "diffusion_core.stages.registry",
+    *(f"diffusion_core.stages.{name}" for name in STAGES),
     "diffusion_core.diffusion", "diffusion_core.networks", "diffusion_core.data", "diffusion_core.training",
     "diffusion_core.generation", "diffusion_core.evaluation",
 )  # fmt: skip

@@ -7,10 +7,15 @@ import shlex
 from typing import Any
 
 from diffusion_core.config import digest
-from diffusion_core.jobs.requests import EvaluateResult, GenerateResult, RegisterResult, ShardResult, TrainResult
 from diffusion_core.progress import ProgressEvent
+from diffusion_core.stages.evaluate import EvaluateResult, figure_rows, table
+from diffusion_core.stages.generate import GenerateResult
+from diffusion_core.stages.pipeline import STEPS, PipelineResult, rows
+from diffusion_core.stages.register import RegisterResult
+from diffusion_core.stages.shard import ShardResult
+from diffusion_core.stages.train import TrainResult
 from flows.display import Lines, Pace, current_display, shown
-from flows.results import PipelineResult, aligned, figure_lines, figure_table, markdown, pipeline_rows
+from flows.results import aligned, markdown
 
 RESULT = PipelineResult(
     name="digits",
@@ -52,7 +57,7 @@ RESULT = PipelineResult(
 
 
 def test_the_table_at_the_end_has_everything():
-    text = aligned(pipeline_rows(RESULT))
+    text = aligned(rows(RESULT))
     for part in (
         "/s/datasets/digits/v1",
         "2 rejected",
@@ -68,8 +73,8 @@ def test_the_table_at_the_end_has_everything():
         "shard 3 (found done), train 61, evaluate 9, register 2, generate 8",
     ):
         assert part in text
-    assert "| model version | models:/digits/3" in markdown(pipeline_rows(RESULT), "Pipeline")
-    assert figure_table(RESULT.evaluation)[1]["held-out real images (floor)"] is None
+    assert "| model version | models:/digits/3" in markdown("Pipeline", "", rows(RESULT))
+    assert table(RESULT.evaluation)[1]["held-out real images (floor)"] is None
 
 
 def test_an_error_stands_beside_its_figure():
@@ -77,7 +82,7 @@ def test_an_error_stands_beside_its_figure():
     figures = dict(zip(names, (-4.3987, 4.96, 0.01234, 0.00061, 0.5), strict=True))
     floor = {"kernel_distance": -4.11, "kernel_distance_error": 4.6, "kid": 0.0, "kid_error": 0.0}
     result = EvaluateResult(seconds=1, reused=False, uri="/s/e", figures=figures, floor=floor)
-    assert figure_lines(result) == [
+    assert [line for _, line in figure_rows(result)] == [
         "kernel_distance -4.4 ± 5.0 (held-out real images: -4.1 ± 4.6)",
         "kid 0.01234 ± 0.00061 (held-out real images: 0)",
         "recall 0.5",
@@ -86,18 +91,16 @@ def test_an_error_stands_beside_its_figure():
 
 def test_the_next_commands_continue_the_same_run(monkeypatch, tmp_path, capsys):
     """What a pipeline prints at its end is typed again, word for word, and asks for the same training and images."""
-    from flows import cli, preflight, runner
+    from flows import cli, runner
 
     asked: dict[str, Any] = {}
-    results = {"diffusion_pipeline": RESULT, "train_model": RESULT.run, "generate_images": RESULT.images}
+    results = {runner.PIPELINE: RESULT, "train": RESULT.run, "generate": RESULT.images}
 
-    def run_flow(name: str, request: Any, *_: Any) -> Any:
+    def run_flow(name: str, check: Any, request: Any, *_: Any) -> Any:
         asked[name] = request
-        return results[name].model_copy(update={"store": request.store} if name == "diffusion_pipeline" else {})
+        return results[name].model_copy(update={"store": request.store} if name == runner.PIPELINE else {})
 
     monkeypatch.setattr(runner, "run_flow", run_flow)
-    for check in ("check_pipeline", "check_train", "check_generate"):
-        monkeypatch.setattr(preflight, check, lambda *_: None)
     file = tmp_path / "my settings.yaml"
     file.write_text("preset: digits\ntraining: {learning_rate: 0.01}\n")
     typed = ["--config", str(file), "--store", str(tmp_path / "my store"), "--name", "pets", "--workers", "3"]
@@ -110,16 +113,14 @@ def test_the_next_commands_continue_the_same_run(monkeypatch, tmp_path, capsys):
         program, *arguments = shlex.split(command)
         assert program == "diffusion" and cli.main(arguments) == 0
 
-    pipeline = asked["diffusion_pipeline"]
-    for request, first in (
-        (asked["train_model"], pipeline.train_request(RESULT.dataset)),
-        (asked["generate_images"], pipeline.generate_request(RESULT.version)),
-    ):
+    pipeline, done = asked[runner.PIPELINE], {"dataset": RESULT.dataset, "version": RESULT.version}
+    for step in (step for step in STEPS if step.stage in ("train", "generate")):
+        request, first = asked[step.stage], step.request(pipeline, done)
         assert digest(request) == digest(first)
         assert (request.store, request.resources.workers) == (first.store, 3)
-    train = asked["train_model"]
-    assert (train.training.batch_size, train.training.init_from) == (96, "models:/big cats/1")
-    assert (train.experiment, train.training.images) == ("pets", 128_000)
+    train = asked["train"]
+    assert (train.spec.training.batch_size, train.spec.training.init_from) == (96, "models:/big cats/1")
+    assert (train.experiment, train.spec.training.images) == ("pets", 128_000)
 
 
 def test_plain_lines_come_at_growing_intervals():

@@ -10,10 +10,13 @@ import yaml
 from diffusion_core.config import UserError
 from diffusion_core.evaluation.comparison import check_contestants
 from diffusion_core.networks.config import DiTConfig, NoisyClassifierConfig, UNetConfig, check_image_size
-from flows.config import PipelineConfig
-from flows.preflight import check_unmoved
-from flows.settings import as_values, field_paths, load_config, preset_names, seconds
-from flows.shortcuts import load
+from diffusion_core.stages.checks import check_unmoved
+from diffusion_core.stages.compare import CompareOptions
+from diffusion_core.stages.config import PipelineConfig
+from diffusion_core.stages.generate import GenerateOptions
+from diffusion_core.stages.options import understood
+from diffusion_core.stages.pipeline import PipelineOptions
+from diffusion_core.stages.settings import as_values, field_paths, load_config, preset_names, seconds
 
 
 def test_the_presets_are_there_and_whole():
@@ -47,22 +50,23 @@ def test_the_last_word_wins(tmp_path: Path):
 
 
 def test_the_sampler_is_an_option_of_its_own():
-    config = load("digits", None, [], False, {"sampler": "dpmpp_2m", "steps": "12"})
+    config = understood(GenerateOptions, {"preset": "digits", "sampler": "dpmpp_2m", "steps": "12"})[1]
     assert (config.generation.sampler.kind, config.generation.sampler.steps) == ("dpmpp_2m", 12)
     with pytest.raises(UserError, match=r"sampler\.kind.*'euclid'.*unipc"):
-        load("digits", None, [], False, {"sampler": "euclid"})
+        understood(GenerateOptions, {"preset": "digits", "sampler": "euclid"})
 
 
 def test_contestants_as_typed():
-    typed = {"contestants": ["ddpm:9", "heun:4:linspace@2"], "seeds": "3", "compared_images": "32"}
-    config = load("digits", None, [], False, {**typed, "compared_guidance": "1.5"}).comparison
+    contestants = ["ddpm:9", "heun:4:linspace@2"]
+    typed = {"preset": "digits", "model": "m", "sampler": contestants, "seeds": "3", "images": "32"}
+    config = understood(CompareOptions, {**typed, "guidance": "1.5"})[1].comparison
     assert [each.label for each in config.contestants] == ["ddpm:9", "heun:4:linspace@2"]
     assert (config.reference_name, config.candidate, config.seeds, config.images) == ("ddpm:9", None, 3, 32)
     assert [config.guidance_of(each).scale for each in config.contestants] == [1.5, 2.0]
-    config = load("digits", None, [], False, {**typed, "candidate": "ddpm:9", "reference": "heun:4:linspace@2"})
+    config = understood(CompareOptions, {**typed, "candidate": "ddpm:9", "reference": "heun:4:linspace@2"})[1]
     assert (config.comparison.reference_name, config.comparison.candidate) == ("heun:4:linspace@2", "ddpm:9")
     with pytest.raises(UserError, match=r"comparison: the candidate ddim:3 is not among the contestants.* heun:4"):
-        load("digits", None, [], False, {**typed, "candidate": "ddim:3"})
+        understood(CompareOptions, {**typed, "candidate": "ddim:3"})
 
 
 def test_values_are_yaml():
@@ -136,11 +140,13 @@ def test_a_form_offers_every_kind_of_network():
 
 
 def test_a_source_replaces_the_bundled_digits(tmp_path: Path):
-    config = load("digits", None, [], True, {"source": str(tmp_path), "image_size": "16x8", "workers": "1"})
+    given = {"preset": "digits", "source": str(tmp_path), "image_size": "16x8", "workers": "1"}
+    options, config = understood(PipelineOptions, given)
+    assert options.workers == 1
     assert (config.source.kind, config.source.uri) == ("auto", str(tmp_path))
     assert config.dataset.size == (16, 8)
     assert config.resources.train.workers == config.resources.generate.workers == 1
-    assert load("cifar10", None, [], True, {"source": "digits"}).source.kind == "digits"
+    assert understood(PipelineOptions, {"preset": "cifar10", "source": "digits"})[1].source.kind == "digits"
 
 
 @pytest.mark.parametrize(
@@ -148,7 +154,7 @@ def test_a_source_replaces_the_bundled_digits(tmp_path: Path):
     [("balanced", "balanced"), ("3,5", (3, 5)), ("cat, dog", ("cat", "dog")), ("labels.txt", "labels.txt")],
 )
 def test_labels_as_typed(typed: str, labels: object):
-    assert load("digits", None, [], True, {"labels": typed}).generation.labels == labels
+    assert understood(GenerateOptions, {"preset": "digits", "labels": typed})[1].generation.labels == labels
 
 
 def test_times():

@@ -18,9 +18,9 @@ from diffusion_core.data.sharding import make_plan, make_shard
 from diffusion_core.data.shards import open_dataset
 from diffusion_core.data.sources import base, open_source
 from diffusion_core.data.sources.digits import digits_from_uint8
-from diffusion_core.data.spool import positions_of_items, spool_chunk, spool_chunks, with_spool
+from diffusion_core.data.spool import positions_of_items, spool_chunk, spool_chunks
 from diffusion_core.data.transforms import Transform
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from tests.image_files import BROKEN, encoded, pixels, shard_here, write_images, write_parquet
 
 
@@ -176,13 +176,13 @@ def test_the_spool_gives_the_same_shards_as_the_source(tmp_path, monkeypatch):
 
     def spooled(directory, scan, options):
         plan = make_plan(directory, scan, options)
-        assert spool_chunks(plan, 10_000) == []
-        chunks = spool_chunks(plan, 1 << 40)
+        assert spool_chunks(plan.reader, 10_000, len(plan.shards)) == []
+        chunks = spool_chunks(plan.reader, 1 << 40, len(plan.shards))
         assert len(chunks) == 2 and [n for chunk in chunks for n in chunk] == list(range(60))
         for number, chunk in enumerate(chunks):
-            spool_chunk(plan, positions_of_items(plan), number, chunk)
+            spool_chunk(plan.directory, plan.reader, positions_of_items(plan.order), number, chunk)
         monkeypatch.setattr(type(plan.reader), "read", None)  # the source is not needed any more
-        return with_spool(plan, len(chunks))
+        return replace(plan, spooled=len(chunks))
 
     other = shard_here(tmp_path / "spooled", SourceConfig(uri=str(root)), options, spooled)
     assert other.manifest == direct.manifest and other.rejected() == direct.rejected()
@@ -193,10 +193,11 @@ def test_arrays_pass_through_the_spool(tmp_path):
     source = open_source(SourceConfig(uri=str(tmp_path / "x.npz")))
     scan = source.scan({"x.npz": "0" * 64})
     plan = make_plan(Directory(tmp_path / "v"), scan, config(channels=1, test_fraction=0))
-    spool_chunk(plan, positions_of_items(plan), 0, range(20))
-    spool_chunk(replace(plan, reader=None), positions_of_items(plan), 0, range(20))  # done: the source is not read
+    positions = positions_of_items(plan.order)
+    spool_chunk(plan.directory, plan.reader, positions, 0, range(20))
+    spool_chunk(plan.directory, None, positions, 0, range(20))  # done: the source is not read
     plain = {item.slot: (item.key, item.content.tolist()) for item in plan.items(0, 20)}
-    again = {item.slot: (item.key, item.content.tolist()) for item in with_spool(plan, 1).items(0, 20)}
+    again = {item.slot: (item.key, item.content.tolist()) for item in replace(plan, spooled=1).items(0, 20)}
     assert plain == again and len(plain) == 20
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from diffusion_core.config import UserError
 from diffusion_core.data.shards import Batch, commit_shard, decode_shard, encode_shard, open_dataset, write_dataset
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 
 
 def batch(rows: int, shape=(4, 5, 3), classes: int = 3, seed: int = 0, text: bool = False) -> Batch:

@@ -15,7 +15,7 @@ from diffusion_core.data.config import SourceConfig
 from diffusion_core.data.hashing import HashCache, hash_files
 from diffusion_core.data.sources import Source, open_source
 from diffusion_core.data.sources.hashed import SourceChanged
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 from tests.image_files import encoded, pixels, write_idx, write_images, write_parquet
 
 IMAGES, LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"

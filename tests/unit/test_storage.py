@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from diffusion_core.config import UserError
-from diffusion_core.storage import Directory, StoreFull, check_reachable
+from diffusion_core.store import Directory, StoreFull, check_reachable
 from tests.storage_contract import StorageContract
 
 
@@ -137,7 +137,7 @@ def test_check_reachable(tmp_path: Path) -> None:
 
 CREATOR = """
 import itertools, sys
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 place = Directory(sys.argv[1])
 print("ready", flush=True)
 for n in itertools.count():

@@ -25,9 +25,9 @@ from diffusion_core.data.sources.npz import NpzSource
 from diffusion_core.data.sources.parquet import ParquetSource
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.generation.labels import resolve_labels
-from diffusion_core.lease import Held, Lease, claim
-from diffusion_core.patience import StoreUnavailable, patience, patience_s
-from diffusion_core.storage import Directory, StoreFull, check_reachable
+from diffusion_core.store import Directory, StoreFull, check_reachable
+from diffusion_core.store.lease import Held, Lease, claim
+from diffusion_core.store.patience import StoreUnavailable, patience, patience_s
 
 STORE = "s3://bucket/store"
 
@@ -190,7 +190,7 @@ def test_a_file_that_is_read_piece_by_piece_survives_an_outage(
         service.away = 12
         assert file.read_row_group(3)["n"].to_pylist() == list(range(300, 400)) and len(naps) == 12
         service.away = 10_000
-        monkeypatch.setattr("diffusion_core.patience.PATIENCE_S", 0.05)  # pyarrow reads in threads of its own
+        monkeypatch.setattr("diffusion_core.store.patience.PATIENCE_S", 0.05)  # pyarrow reads in threads of its own
         _assert_away(lambda: file.read_row_group(4), service.endpoint)
         _assert_away(lambda: list(file.iter_batches(10, [5])), service.endpoint)
         service.away = 0
@@ -230,7 +230,7 @@ def test_a_lease_outlives_an_outage(service: Service, store: str, monkeypatch: p
     assert isinstance(lease, Lease)
     away = Lease(Directory(STORE), 1, beat_s=0.01)
     service.away = 10_000
-    monkeypatch.setattr("diffusion_core.lease.END_PATIENCE_S", 0.05)
+    monkeypatch.setattr("diffusion_core.store.lease.END_PATIENCE_S", 0.05)
     with pytest.raises(ZeroDivisionError), away:
         1 / 0  # noqa: B018
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from diffusion_core.jobs.turns import one_at_a_time
+from diffusion_core.store.turns import one_at_a_time
 
 
 def test_the_second_trigger_waits_for_the_first(store: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -22,7 +22,7 @@ from diffusion_core.data.sources.base import Item, Reader, Scan, Source, by_part
 from diffusion_core.data.sources.hashed import HashedFile
 from diffusion_core.data.sources.labels import UNKNOWN, class_numbers, distinct_values, label_gaps
 from diffusion_core.data.transforms import RejectedItem
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 
 UNREADABLE = (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile, struct.error)
 _BLOCK_BYTES = 4 << 20

@@ -14,7 +14,7 @@ from diffusion_core.data.config import SourceConfig, SourceKind
 from diffusion_core.data.sources.hashed import HashedFile, hash_file
 from diffusion_core.data.sources.listing import SourceFile
 from diffusion_core.data.transforms import RejectedItem
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from diffusion_core.data.config import LabelSource, SourceConfig, SourceKind
 from diffusion_core.data.sources.base import Item, Reader, Scan, Source
 from diffusion_core.data.sources.labels import UNKNOWN, class_numbers, distinct_values
 from diffusion_core.data.sources.listing import SourceFile
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 
 DIGITS_KEY = "scikit-learn/digits"
 

@@ -31,7 +31,7 @@ from diffusion_core.data.sources.labels import (
     split_numbers,
 )
 from diffusion_core.data.sources.listing import IMAGE_SUFFIXES, SourceFile, suffix
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from diffusion_core.config import UserError
 from diffusion_core.data.sources.listing import SourceFile, look
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 
 _READ_AHEAD = 32  # files read at once from S3
 

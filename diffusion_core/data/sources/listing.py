@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusion_core.config import UserError
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 
 _FORMATS = "png jpg jpeg jpe jfif webp bmp dib gif tif tiff ppm pgm pbm pnm tga jp2 avif ico"
 IMAGE_SUFFIXES = frozenset(f".{name}" for name in _FORMATS.split(" "))

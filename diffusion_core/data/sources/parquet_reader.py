@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from diffusion_core.data.sources.base import Item, Reader, by_part, part_of
 from diffusion_core.data.sources.hashed import HashedFile, read_each
 from diffusion_core.data.transforms import RejectedItem
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 
 _BATCH_ROWS = 128  # rows decoded at a time; a row group may be larger than memory
 _CHUNK_BYTES = 128 << 20

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from diffusion_core.bundle import bundle_digest, load_bundle, read_bundle_config
+from diffusion_core.catalog import reproduce as catalog_reproduce
+from diffusion_core.catalog.lineage import lineage
 from diffusion_core.config import UserError, digest
 from diffusion_core.diffusion import Denoiser, GuidanceConfig, KeyedNoise, build_sampler, images_from_network
 from diffusion_core.generation import GenerationConfig, open_imageset
@@ -17,8 +19,7 @@ from diffusion_core.generation.imageset import describe
 from diffusion_core.generation.labels import Labels
 from diffusion_core.generation.plan import ShardTask
 from diffusion_core.generation.worker import Generator, NonFiniteImages, ShardWorker, reproduce
-from flows import lineage
-from flows.preflight import check_guidance
+from diffusion_core.stages.checks import check_guidance
 from tests.tiny_bundle import tiny_bundle
 
 BALANCED = Labels(10).of
@@ -93,8 +94,8 @@ def test_a_set_remembers_its_guide_finds_it_where_it_is_and_refuses_another(tmp_
     planned = {"digest": bundle_digest(guide), "run_id": read_bundle_config(guide).run_id}
     assert images.description.guides == {"guide": planned}
     assert reproduce(images.uri, 3)[1]
-    assert lineage.reproduce(images.uri, str(tmp_path), [5])[0]["same"]
-    assert lineage.lineage(images.uri, str(tmp_path))[0]["guide"] == bundle_digest(guide)
+    assert catalog_reproduce.reproduce(images.uri, str(tmp_path), [5])[0]["same"]
+    assert lineage(images.uri, str(tmp_path))[0]["guide"] == bundle_digest(guide)
     there.rename(moved)
     stored = open_imageset(images.uri)
     assert stored.guided_by({"guide": str(moved)}).guidance.guide == str(moved)

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from diffusion_core.generation.verify import verify
 from PIL import Image
 
 from diffusion_core.bundle import bundle_digest, read_bundle_config
@@ -59,7 +60,7 @@ def test_a_set_is_read_back_and_is_in_order(tmp_path, bundle_uri, form):
     assert labels.tolist() == [n % 10 for n in range(40)]
     some, _ = images.read(15, 3)
     np.testing.assert_array_equal(some, pixels[15:18])
-    assert images.verify() == []
+    assert list(verify(images)) == []
     assert images.total_images() == 40
     with pytest.raises(UserError, match="Image 40 is not in the image set"):
         images.read(39, 2)
@@ -110,7 +111,7 @@ def test_a_set_grows_by_whole_shards_and_what_was_there_stays(tmp_path, bundle_u
     assert {"plan-20.parquet", "manifest-49.json", "shards/part-00002.parquet"} <= set(after)
     in_one = make(tmp_path / "other", bundle_uri, settings(count=50))
     np.testing.assert_array_equal(images.read()[0], in_one.read()[0])
-    assert images.verify() == []
+    assert list(verify(images)) == []
 
 
 @pytest.mark.parametrize("first", [3, 16, 37])
@@ -133,7 +134,7 @@ def test_who_loses_the_race_records_what_is_stored(tmp_path, bundle_uri):
     assert record["images"] == [hashlib.sha256(stored[0].tobytes()).hexdigest()] * 16
     assert record["made_on"] == "unknown"
     assert images.finish(extension)
-    assert images.verify() == []
+    assert list(verify(images)) == []
     assert images.commit(shard, late, "tiny/2", "elsewhere") == record
 
 
@@ -147,7 +148,7 @@ def test_an_incomplete_extension_is_not_finished_and_is_taken_up_again(tmp_path,
     assert images.total_images() == 16
     assert [shard.number for shard in images.missing(wanted)] == [0, 2]
     assert images.read(20, 4)[0].shape == (4, 8, 8, 1)
-    assert "shard 0 (images 0 to 15) has not been made yet" in images.verify()[0]
+    assert "shard 0 (images 0 to 15) has not been made yet" in next(verify(images))
     assert images.look(None, 40).continues and not images.look(0, 40).continues
     other = images.look(None, 8)
     assert (other.first, other.stop, other.continues) == (40, 48, False), "another count is another request"
@@ -177,7 +178,7 @@ def test_listed_labels_are_kept_with_the_set(tmp_path, bundle_uri):
     path.unlink()
     again = open_imageset(images.uri)
     assert again.read(0, 4)[1].tolist() == [3, 1, 4, 3]
-    assert again.verify() == []
+    assert list(verify(again)) == []
     assert reproduce(images.uri, 17)[1]
 
 
@@ -198,7 +199,7 @@ def test_verify_names_the_image_whose_pixels_were_changed(tmp_path, bundle_uri):
     image = images.read(17, 1)[0][0, ..., 0].copy()
     image[0, 0] ^= 1
     Image.fromarray(image).save(f"{images.uri}/shards/part-00001/000000017.png")
-    (finding,) = images.verify()
+    (finding,) = verify(images)
     assert finding.startswith("image 17 (shard 1): its pixels differ")
 
 
@@ -221,7 +222,7 @@ def test_verify_names_what_is_damaged(tmp_path, bundle_uri, form, key, expected,
         images.directory.delete(key)
     else:
         images.directory.write(key, bytes(data) if damage == "flip" else bytes(data[: len(data) // 2]))
-    findings = images.verify()
+    findings = list(verify(images))
     assert findings
     assert all(expected in finding or f"shard {expected[6]})" in finding for finding in findings)
 
@@ -229,7 +230,7 @@ def test_verify_names_what_is_damaged(tmp_path, bundle_uri, form, key, expected,
 def test_verify_sees_a_lost_record(tmp_path, bundle_uri):
     images = make(tmp_path, bundle_uri, settings(count=20))
     images.directory.delete("shards/part-00001.json")
-    assert images.verify() == ["shard 1 (images 16 to 19): its commit record shards/part-00001.json is missing."]
+    assert list(verify(images)) == ["shard 1 (images 16 to 19): its commit record shards/part-00001.json is missing."]
 
 
 def test_what_does_not_suit_the_model_is_said(tmp_path, bundle_uri, unconditional_uri):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusion_core.generation.plan import Extension, extend, look, read_extensions, uncovered
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory
 
 
 def nothing(log):

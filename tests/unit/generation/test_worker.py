@@ -15,9 +15,9 @@ from diffusion_core.generation.imageset import ImageSet
 from diffusion_core.generation.labels import Labels
 from diffusion_core.generation.plan import Shard, ShardTask
 from diffusion_core.generation.worker import Generator, NonFiniteImages, ShardWorker
-from diffusion_core.jobs import generate
-from diffusion_core.patience import StoreUnavailable
-from diffusion_core.storage import Directory
+from diffusion_core.stages.work import generate
+from diffusion_core.store import Directory
+from diffusion_core.store.patience import StoreUnavailable
 
 BALANCED = Labels(10).of
 

@@ -7,9 +7,8 @@ import logging
 import pytest
 import torch
 
-from diffusion_core.storage import Directory
+from diffusion_core.store import Directory, layout
 from diffusion_core.training.checkpoint import (
-    RECORD,
     Checkpoint,
     checkpoints,
     load_newest,
@@ -34,7 +33,8 @@ def save(place, *numbers):
 
 
 def file_of(place, images_seen, part="network"):
-    return place.local_path / str(images_seen) / place.read_json(f"{images_seen}/{RECORD}")["files"][part]["file"]
+    here = place / str(images_seen)
+    return here.local_path / here.read_json(layout.CHECKPOINT)["files"][part]["file"]
 
 
 def truncate(place):
@@ -54,13 +54,13 @@ def remove_a_file(place):
 
 
 def empty_the_record(place):
-    (place.local_path / "300" / RECORD).write_text("")
+    (place.local_path / "300" / layout.CHECKPOINT).write_text("")
 
 
 def forget_the_digest(place):
-    record = place.read_json(f"300/{RECORD}")
+    record = place.read_json(f"300/{layout.CHECKPOINT}")
     del record["files"]["network"]["sha256"]
-    place.write_json(f"300/{RECORD}", record)
+    place.write_json(f"300/{layout.CHECKPOINT}", record)
 
 
 DAMAGES = [truncate, flip_a_bit, remove_a_file, empty_the_record, forget_the_digest]
@@ -90,7 +90,7 @@ def test_a_damaged_one_is_passed_over_with_a_warning_and_replaced(place, damage,
 
 def test_an_interrupted_one_is_passed_over_silently(place, caplog):
     save(place, 100, 200)
-    place.delete(f"200/{RECORD}")
+    place.delete(f"200/{layout.CHECKPOINT}")
     loaded = load_newest(place)
     assert loaded is not None and loaded.images_seen == 100
     assert not caplog.text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 
 import numpy as np
@@ -12,6 +11,9 @@ import torch
 
 from diffusion_core.bundle import load_bundle, model_card, verify_bundle
 from diffusion_core.config import UserError, digest
+from diffusion_core.stages.export import STAGE, ExportOptions
+from diffusion_core.stages.options import understood
+from diffusion_core.stages.settings import load_config
 from diffusion_core.training import TrainingConfig, loop, open_run, train
 from diffusion_core.training.checkpoint import checkpoints, read_checkpoint
 from diffusion_core.training.ema import Ema
@@ -25,7 +27,6 @@ from diffusion_core.training.profiles import (
     reconstruction_weights,
     sigma_rel_of,
 )
-from flows.settings import load_config
 from tests.toy_training import StopAt, assert_same_weights, toy_dataset, toy_spec
 
 WIDTHS = (0.05, 0.1)
@@ -314,25 +315,22 @@ def test_the_bundle_holds_the_first_average_and_another_is_exported(finished):
         assert torch.equal(made.network.state_dict()[name], tensor)
 
 
-def test_the_command_exports_it(finished, capsys):
-    from flows import pipeline
-    from flows.cli import main
-
+def test_the_stage_exports_it(finished):
     run, store = finished[0], finished[0].directory.uri.rpartition("/runs/")[0]
-    assert main(["export", run.run_id, "--sigma-rel", "0.2", "--store", store, "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["bundle_uri"] == f"{run.bundle(200).uri}-0.2" and said["digest"] == verify_bundle(said["bundle_uri"])
-    assert said["ema_error"] == reconstruct(run, 0.2, 200)[1]
-    assert main(["export", run.run_id, "--sigma-rel", "0.2", "--store", store]) == 0
-    assert capsys.readouterr() == (
-        f"{said['bundle_uri']}\n",
-        "The profile of the average is made with an error of 5.3 %.\n",
-    )
-    assert pipeline.export_average.fn(run.run_id, 0.2, store) == said["bundle_uri"]
-    schema = pipeline.export_average.parameters.model_dump()
-    assert schema["properties"]["sigma_rel"]["maximum"] == 0.28 and "images_seen" not in schema["required"]
-    assert main(["export", "nothing", "--sigma-rel", "0.2", "--store", store]) == 2
-    assert f"There is no run nothing; the runs of the store {store} are: {run.run_id}." in capsys.readouterr().err
+    given = {"run": run.run_id, "sigma_rel": "0.2", "store": store}
+    options, config = understood(ExportOptions, given)
+    request, backend = options.request(config), config.backend
+    STAGE.check(request, backend)
+    made = STAGE.run(request)
+    assert made.bundle_uri == f"{run.bundle(200).uri}-0.2" and made.digest == verify_bundle(made.bundle_uri)
+    assert made.ema_error == reconstruct(run, 0.2, 200)[1]
+    assert ("profile", "made with an error of 5.3 %") in STAGE.rows(made)
+    assert not made.reused and STAGE.run(request).reused
+    with pytest.raises(UserError, match=r"^sigma_rel: '0\.5' is not accepted: .* less than or equal to 0\.28"):
+        understood(ExportOptions, {**given, "sigma_rel": "0.5"})
+    options, config = understood(ExportOptions, {**given, "run": "nothing"})
+    with pytest.raises(UserError, match=f"There is no run nothing; the runs of the store {store} are: {run.run_id}"):
+        options.request(config)
 
 
 def test_what_cannot_be_made_is_told(finished, dataset, tmp_path):

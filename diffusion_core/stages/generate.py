@@ -1,0 +1,164 @@
+"""Model version → image set, which every later request of the same kind completes or extends."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from diffusion_core.config import UserError
+from diffusion_core.generation.config import GenerationConfig
+from diffusion_core.jobs.request import Request, Result
+from diffusion_core.stages import options as o
+from diffusion_core.stages.base import Rows, Stage, seconds
+from diffusion_core.stages.events import Event
+
+if TYPE_CHECKING:
+    from diffusion_core.jobs.backend import BackendConfig
+    from diffusion_core.stages.config import PipelineConfig
+
+
+class GenerateRequest(Request):
+    model: str = Field(description="models:/name@alias, models:/name/version, or the URI of a bundle.")
+    generation: GenerationConfig = GenerationConfig()
+
+    @classmethod
+    def of(cls, config: PipelineConfig, model: str) -> GenerateRequest:
+        return cls(store=config.store, resources=config.resources.generate, model=model, generation=config.generation)
+
+
+class GenerateResult(Result):
+    set_id: str
+    uri: str
+    model_version: str = Field(description="The model version that the reference was resolved to.")
+    images: int = Field(description="Images of this request's range, all of them stored.")
+    generated: int = Field(description="Images that this job made; the others were found done.")
+    first_image_id: int
+    contact_sheet: str
+    total_images: int = Field(description="Images in the whole set.")
+    images_per_second: float
+
+
+class GenerateOptions(o.Options):
+    model: Annotated[str | None, Field(description="models:/name@alias, models:/name/version, or a bundle.")] = None
+    name: o.Name = None
+    count: o.Count = None
+    first_image_id: o.FirstImageId = None
+    labels: o.Labels = None
+    sampler: Annotated[
+        str | None,
+        Field(description="Sampler of the generation, as ddim or dpmpp_2m."),
+        o.Typed("generation.sampler.kind"),
+    ] = None
+    steps: Annotated[
+        int | None,
+        Field(description="Sampler steps of the generation."),
+        o.Typed("generation.sampler.steps", metavar="N"),
+    ] = None
+    guidance: Annotated[
+        float | None,
+        Field(description="Guidance scale of the generation; 1 is neutral."),
+        o.Typed("generation.guidance.scale", metavar="N"),
+    ] = None
+    seed: Annotated[
+        int | None, Field(description="Seed of the generation."), o.Typed("generation.seed", metavar="N")
+    ] = None
+    format: Annotated[str | None, Field(description="parquet, webdataset or png."), o.Typed("generation.format")] = None
+    workers: o.Workers = None
+
+    def request(self, config: PipelineConfig) -> GenerateRequest:
+        from diffusion_core.catalog import find
+
+        if self.model is None and not (self.preset or self.config or self.name):
+            raise UserError("--model: a model is needed, as models:/digits@champion, or --name of a registered model.")
+        model = self.model or f"models:/{config.name}@champion"
+        return GenerateRequest.of(config, find.model_reference(model, config.store))
+
+
+def check(request: GenerateRequest, backend: BackendConfig) -> None:
+    """The model makes images, and sampler, guidance and labels suit it."""
+    from diffusion_core.bundle import check_makes_images, read_bundle_config
+    from diffusion_core.diffusion.config import check_sampler
+    from diffusion_core.stages import checks
+
+    checks.check_place(request, "generate", backend, mlflow=request.model.startswith("models:"))
+    bundle = read_bundle_config(checks.bundle_of(request.model, request.store))
+    check_makes_images(request.model, bundle)
+    check_sampler("generation.sampler", request.generation.sampler, bundle.process)
+    guidance, shape, classes = request.generation.guidance, bundle.image_shape, bundle.class_names
+    checks.check_guidance("generation.guidance", guidance, bundle.process, shape, classes, request.store)
+    checks.check_labels(request.generation, classes)
+
+
+def run(request: GenerateRequest) -> GenerateResult:
+    """Resolve the model, make what is missing, and say what is there. Raises what `work.generate.generate` raises."""
+    from diffusion_core.stages.work.generate import generate
+    from diffusion_core.store import layout
+
+    began = time.monotonic()
+    bundle_uri, version = _resolve(request.model, request.store)
+    done = generate(bundle_uri, request.generation, request.store, request.resources, model_version=version)
+    return GenerateResult(
+        seconds=time.monotonic() - began,
+        reused=done.generated == 0,
+        set_id=done.images.description.set_id,
+        uri=done.images.uri,
+        model_version=version,
+        images=done.stored,
+        generated=done.generated,
+        first_image_id=done.first_image_id,
+        contact_sheet=f"{done.images.uri}/{layout.SHEET}",
+        total_images=done.images.total_images(),
+        images_per_second=done.images_per_second,
+    )
+
+
+def _resolve(model: str, store: str) -> tuple[str, str]:
+    """URI of the bundle that a reference means, and the version by which to call it."""
+    if not model.startswith("models:/"):
+        from diffusion_core.bundle import bundle_digest
+
+        return model, bundle_digest(model)
+    from diffusion_core.tracking import resolve_model
+
+    resolved = resolve_model(model, store)
+    return resolved.bundle_uri, resolved.version
+
+
+def rows(result: GenerateResult) -> Rows:
+    last = result.first_image_id + result.images - 1
+    return [
+        ("image set", result.set_id),
+        ("place", result.uri),
+        ("model version", result.model_version),
+        (
+            "image ids",
+            f"{result.first_image_id:,} to {last:,}: {result.images:,} images, {result.generated:,} of them new",
+        ),
+        ("in the set", f"{result.total_images:,} images"),
+        ("images per second", f"{result.images_per_second:,.1f}"),
+        ("contact sheet", result.contact_sheet),
+        ("seconds", seconds(result)),
+    ]
+
+
+def events(request: GenerateRequest, result: GenerateResult) -> list[Event]:
+    last = result.first_image_id + result.images - 1
+    payload = result.model_dump(exclude={"reused", "generated"}) | {"last_image_id": last}
+    return [Event("diffusion.images.completed", result.set_id, payload, once=f"{result.first_image_id}-{last}")]
+
+
+STAGE = Stage(
+    name="generate",
+    flow="generate-images",
+    title="Image set",
+    options=GenerateOptions,
+    request=GenerateRequest,
+    result=GenerateResult,
+    check=check,
+    run=run,
+    rows=rows,
+    events=events,
+    picture=lambda result: result.contact_sheet,
+)

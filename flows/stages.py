@@ -1,0 +1,73 @@
+"""The stages as Prefect tasks and flows, made from their registry: `FLOWS`, by the name of the stage.
+
+Each stage is a job that finds its own finished work: running a flow again is how anything that broke is mended, and
+running a finished one is quick.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import Flow, flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.runtime import task_run
+
+from diffusion_core.config import UserError
+from diffusion_core.jobs.backend import BackendConfig
+from diffusion_core.jobs.request import Request, Result
+from diffusion_core.stages.events import failed
+from diffusion_core.stages.registry import STAGES, Entry
+from flows import approval, artifacts, events
+from flows.follow import follow_job
+from flows.runner import check_unless_done
+
+
+def not_the_users_mistake(_task: Any, _run: Any, state: Any) -> bool:
+    """A job that broke is worth another start; a mistake in what was asked stays one however often it is tried."""
+    return not isinstance(state.result(raise_on_failure=False), UserError)
+
+
+@task(
+    cache_policy=NO_CACHE,  # whether work is done is the job's to know
+    persist_result=False,
+    retry_condition_fn=not_the_users_mistake,
+)
+def _work(stage: str, request: Request, backend: BackendConfig) -> Result:
+    asked = STAGES[stage].load()
+    try:
+        result = artifacts.publish(asked, follow_job(asked, request, backend))
+    except Exception as error:
+        events.tell([failed(stage, error, task_run.run_count)], request.store)
+        raise
+    if asked.events:
+        events.tell(asked.events(request, result), request.store)
+    return result
+
+
+def run_stage(stage: str, request: Request, backend: BackendConfig) -> Any:
+    """Run a stage as a task of the flow that calls, started again as often as `backend` allows where its job broke.
+
+    If it ends with a question to a person, the flow waits for the answer, and runs it again.
+    """
+    question = STAGES[stage].load().question
+    again = _work.with_options(name=stage, retries=backend.retries, retry_delay_seconds=backend.retry_delay_s)
+    if question is None:
+        return again(stage, request, backend)
+    return approval.decided(lambda: again(stage, request, backend), question, request.store)
+
+
+def _flow(entry: Entry) -> Flow[..., Any]:
+    stage = entry.load()
+
+    def run(request: Any, backend: BackendConfig = BackendConfig()) -> Any:  # noqa: B008
+        check_unless_done(lambda: stage.check(request, backend))
+        return run_stage(stage.name, request, backend)
+
+    # From these Prefect makes the form, and finds the flow of a deployment: by this name, in this module.
+    run.__annotations__ = {"request": stage.request, "backend": BackendConfig, "return": stage.result}
+    run.__name__ = run.__qualname__ = stage.flow.replace("-", "_")
+    return flow(name=stage.flow, description=entry.summary)(run)
+
+
+FLOWS = {name: _flow(entry) for name, entry in STAGES.items()}
+globals().update({made.fn.__name__: made for made in FLOWS.values()})
