@@ -7,11 +7,13 @@ from typing import Any, TypeVar
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
+from diffusion_core.config import UserError
 from diffusion_core.jobs.request import Result
 from diffusion_core.stages import pipeline
 from diffusion_core.stages.base import Stage
 from diffusion_core.stages.pipeline import PipelineResult
-from diffusion_core.store import Directory
+from diffusion_core.store import Directory, layout
+from diffusion_core.tracking import resolve_model
 from flows import results
 
 ResultT = TypeVar("ResultT", bound=Result)
@@ -35,6 +37,14 @@ def of_pipeline(result: PipelineResult) -> None:
     title = f"Pipeline {result.name}"
     report = results.markdown(title, "", pipeline.rows(result), embedded(result.images.contact_sheet))
     create_markdown_artifact(report, key="pipeline", description=title)
+
+
+def samples_of(model: str, version: int, store: str) -> str:
+    """The sample sheet of a model version as Markdown, or why there is none."""
+    try:
+        return embedded(f"{resolve_model(f'models:/{model}/{version}', store).bundle_uri}/{layout.SAMPLES}")
+    except (UserError, FileNotFoundError) as error:
+        return f"There is no sample sheet: {error}"
 
 
 def embedded(picture_uri: str) -> str:

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from flows import cli_setup, cli_store
+from flows import cli_automation, cli_setup, cli_store
 from flows.schedules.cli import schedule_app
 from flows.verbs import Verbs
 
@@ -57,6 +57,7 @@ def _told(error: Exception) -> int:
 cli_store.add_to(app)
 cli_setup.add_to(app)
 app.add_typer(schedule_app, name="schedule")
+cli_automation.add_to(app)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from typing import Annotated, Any
 
@@ -35,14 +36,14 @@ def promote(
     from diffusion_core import tracking
 
     tracking.promote(model, version, _place(store))
-    _say_champion(model, version, as_json)
+    _say_champion(model, version, _place(store), as_json)
 
 
 def rollback(model: ModelName, store: o.Store = None, as_json: o.Json = False) -> None:
     """Give the alias champion back to the version that held it before."""
     from diffusion_core import tracking
 
-    _say_champion(model, tracking.rollback(model, _place(store)), as_json)
+    _say_champion(model, tracking.rollback(model, _place(store)), _place(store), as_json)
 
 
 def lineage(
@@ -168,11 +169,19 @@ def _place(store: str | None) -> str:
     return store or DEFAULT_STORE
 
 
-def _say_champion(model: str, version: int, as_json: bool) -> None:
+def _say_champion(model: str, version: int, store: str, as_json: bool) -> None:
+    """Tell the person, and the Prefect server if there is one."""
     if as_json:
         print_json({"model": model, "version": version, "alias": "champion"})
     else:
         typer.echo(f"models:/{model}@champion is now version {version}")
+    if os.environ.get("PREFECT_API_URL"):
+        from diffusion_core.stages.register import champion_changed
+        from diffusion_core.tracking import champion_before
+        from flows import events
+
+        before = champion_before(store, model)
+        events.tell([champion_changed(model, version, before, "Set by hand.", by_hand=True)], store)
 
 
 def aligned_rows(rows: list[dict[str, Any]]) -> str:

@@ -38,11 +38,13 @@ def run_flow(name: str, check: Callable[[], None], *arguments: Any) -> Any:
         display.say(
             "Starting Prefect …" if os.environ.get("PREFECT_API_URL") else "Starting a temporary Prefect server …"
         )
+        from prefect import tags
+
         from flows.pipeline import diffusion_pipeline
         from flows.stages import FLOWS
 
         flow = diffusion_pipeline if name == PIPELINE else FLOWS[name]
-        with already_checked():
+        with already_checked(), tags("diffusion"):
             return flow(*arguments)
 
 

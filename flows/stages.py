@@ -10,12 +10,14 @@ from typing import Any
 
 from prefect import Flow, flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.runtime import task_run
 
 from diffusion_core.config import UserError
 from diffusion_core.jobs.backend import BackendConfig
 from diffusion_core.jobs.request import Request, Result
+from diffusion_core.stages.events import failed
 from diffusion_core.stages.registry import STAGES, Entry
-from flows import artifacts
+from flows import approval, artifacts, events
 from flows.announced import announce
 from flows.checked import check_unless_done
 from flows.follow import follow_job
@@ -33,13 +35,26 @@ def not_the_users_mistake(_task: Any, _run: Any, state: Any) -> bool:
 )
 def _work(stage: str, request: Request, backend: BackendConfig) -> Result:
     asked = STAGES[stage].load()
-    return artifacts.publish(asked, follow_job(asked, request, backend))
+    try:
+        result = artifacts.publish(asked, follow_job(asked, request, backend))
+    except Exception as error:
+        events.tell([failed(stage, error, task_run.run_count)], request.store)
+        raise
+    if asked.events:
+        events.tell(asked.events(request, result), request.store)
+    return result
 
 
 def run_stage(stage: str, request: Request, backend: BackendConfig) -> Any:
-    """Run a stage as a task of the flow that calls, started again as often as `backend` allows where its job broke."""
+    """Run a stage as a task of the flow that calls, started again as often as `backend` allows where its job broke.
+
+    If it ends with a question to a person, the flow waits for the answer, and runs it again.
+    """
+    question = STAGES[stage].load().question
     again = _work.with_options(name=stage, retries=backend.retries, retry_delay_seconds=backend.retry_delay_s)
-    return again(stage, request, backend)
+    if question is None:
+        return again(stage, request, backend)
+    return approval.decided(lambda: again(stage, request, backend), question, request.store)
 
 
 def _flow(entry: Entry) -> Flow[..., Any]:

@@ -163,6 +163,13 @@ def check_held_out_figures(field: str, config: EvaluationConfig, process: Proces
             )
 
 
+class Approval(Choice):
+    """Whether a person has the last word about a new champion."""
+
+    NONE = "none", "the figures decide alone"
+    ASK = "ask", "a version that passes by its figures becomes the champion when a person accepts it"
+
+
 class GateConfig(Config):
     """When a registered model version becomes the champion."""
 
@@ -184,6 +191,12 @@ class GateConfig(Config):
         description="Confidence of the two-sided bootstrap interval that a new champion has to clear.",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the bootstrap.")
+    approval: Approval = execution(
+        Approval.NONE, description=f"Whether a person is asked before the champion changes. {Approval.explained()}"
+    )
+    approval_timeout_h: float = execution(
+        72, gt=0, le=8760, description="Hours to wait for the answer; not answered by then is refused."
+    )
 
 
 _AS_TEXT = re.compile(r"^(?P<kind>\w+):(?P<steps>\d+)(?::(?P<spacing>\w+))?(?:@(?P<scale>\d+(?:\.\d+)?))?$")

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from diffusion_core.jobs.request import Request, Result
+from diffusion_core.stages.events import Event
 from diffusion_core.stages.options import Options
+from diffusion_core.tracking.approval import Question
 
 if TYPE_CHECKING:
     from diffusion_core.jobs.backend import BackendConfig
@@ -44,6 +46,10 @@ class Stage(Generic[RequestT, ResultT]):
     """Rows of plain values that Prefect shows instead of the report."""
     picture: Callable[[ResultT], str] | None = None
     """URI of a PNG for the report."""
+    events: Callable[[RequestT, ResultT], list[Event]] | None = None
+    """What it tells of itself, the same whether it did the work or found it done."""
+    question: Callable[[ResultT], Question | None] | None = None
+    """What a person has to answer before the stage, done again, can conclude."""
 
     @property
     def report(self) -> str:

@@ -14,6 +14,7 @@ from diffusion_core.evaluation.config import ComparisonConfig, EvaluationConfig
 from diffusion_core.jobs.request import Request, Result
 from diffusion_core.stages import options as o
 from diffusion_core.stages.base import Rows, Stage, seconds
+from diffusion_core.stages.events import Event
 
 if TYPE_CHECKING:
     from diffusion_core.jobs.backend import BackendConfig
@@ -139,6 +140,16 @@ def rows(result: CompareResult) -> Rows:
     ]
 
 
+def events(request: CompareRequest, result: CompareResult) -> list[Event]:
+    comparison, verdict = result.uri.split("/")[-2], result.comparison.verdict
+    payload = {
+        "bundle_uri": request.bundle_uri,
+        **result.model_dump(include={"uri", "table", "picture", "cells"}),
+        "verdict": verdict and verdict.sentence,
+    }
+    return [Event("diffusion.samplers.compared", comparison, payload, once=result.uri)]
+
+
 STAGE = Stage(
     name="compare",
     flow="compare-samplers",
@@ -149,6 +160,7 @@ STAGE = Stage(
     check=check,
     run=run,
     rows=rows,
+    events=events,
     text=text,
     picture=lambda result: result.picture,
 )

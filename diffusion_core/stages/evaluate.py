@@ -14,6 +14,7 @@ from diffusion_core.evaluation.config import EvaluationConfig
 from diffusion_core.jobs.request import Request, Result
 from diffusion_core.stages import options as o
 from diffusion_core.stages.base import Rows, Stage, seconds
+from diffusion_core.stages.events import Event
 
 if TYPE_CHECKING:
     from diffusion_core.jobs.backend import BackendConfig
@@ -122,6 +123,13 @@ def table(result: EvaluateResult) -> list[dict[str, Any]]:
     ]
 
 
+def events(request: EvaluateRequest, result: EvaluateResult) -> list[Event]:
+    evaluation = result.uri.split("/")[-2]
+    asked = {"bundle_uri": request.bundle_uri, "dataset_uri": request.dataset_uri}
+    payload = {**asked, **result.model_dump(exclude={"reused", "seconds"})}
+    return [Event("diffusion.model.evaluated", evaluation, payload, once=evaluation)]
+
+
 STAGE = Stage(
     name="evaluate",
     flow="evaluate-model",
@@ -132,5 +140,6 @@ STAGE = Stage(
     check=check,
     run=run,
     rows=rows,
+    events=events,
     table=table,
 )

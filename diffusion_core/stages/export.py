@@ -10,6 +10,7 @@ from pydantic import Field
 from diffusion_core.jobs.request import Request, Result
 from diffusion_core.stages import options as o
 from diffusion_core.stages.base import Rows, Stage, seconds
+from diffusion_core.stages.events import Event
 
 if TYPE_CHECKING:
     from diffusion_core.jobs.backend import BackendConfig
@@ -86,6 +87,11 @@ def rows(result: ExportResult) -> Rows:
     ]
 
 
+def events(request: ExportRequest, result: ExportResult) -> list[Event]:
+    payload = result.model_dump(exclude={"reused", "seconds"})
+    return [Event("diffusion.bundle.exported", result.digest, payload, once=result.digest)]
+
+
 STAGE = Stage(
     name="export",
     flow="export-average",
@@ -96,5 +102,6 @@ STAGE = Stage(
     check=check,
     run=run,
     rows=rows,
+    events=events,
     picture=lambda result: f"{result.bundle_uri}/samples.png",
 )

@@ -12,6 +12,7 @@ from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.jobs.request import Request, Result
 from diffusion_core.stages import options as o
 from diffusion_core.stages.base import Rows, Stage, seconds
+from diffusion_core.stages.events import Event
 
 if TYPE_CHECKING:
     from diffusion_core.jobs.backend import BackendConfig
@@ -188,6 +189,12 @@ def rows(result: GenerateResult) -> Rows:
     ]
 
 
+def events(request: GenerateRequest, result: GenerateResult) -> list[Event]:
+    last = result.first_image_id + result.images - 1
+    payload = result.model_dump(exclude={"reused", "generated"}) | {"last_image_id": last}
+    return [Event("diffusion.images.completed", result.set_id, payload, once=f"{result.first_image_id}-{last}")]
+
+
 STAGE = Stage(
     name="generate",
     flow="generate-images",
@@ -198,5 +205,6 @@ STAGE = Stage(
     check=check,
     run=run,
     rows=rows,
+    events=events,
     picture=lambda result: result.contact_sheet,
 )

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from diffusion_core.config import execution
+from diffusion_core.config import digest, execution
 from diffusion_core.evaluation.config import EvaluationConfig, GateConfig
 from diffusion_core.jobs.request import Request, Result
 from diffusion_core.stages import options as o
 from diffusion_core.stages.base import Rows, Stage, seconds
+from diffusion_core.stages.events import Event
+from diffusion_core.tracking.approval import Question
 
 if TYPE_CHECKING:
     from diffusion_core.jobs.backend import BackendConfig
@@ -48,6 +50,8 @@ class RegisterResult(Result):
     promoted: bool = Field(description="True if this version holds the alias champion after the gate.")
     reason: str = Field(description="One sentence: why the gate let it pass, or not.")
     figures: dict[str, Any] = Field(description="The comparison that the gate made.")
+    previous: int | None = Field(None, description="The champion before this one, if this one is the champion.")
+    question: Question | None = Field(None, description="What a person has to answer before the gate can conclude.")
 
     @property
     def reference(self) -> str:
@@ -86,6 +90,7 @@ def check(request: RegisterRequest, backend: BackendConfig) -> None:
 def run(request: RegisterRequest) -> RegisterResult:
     """Register the bundle, or find its version, and ask the gate. Raises what `work.gate.register` raises."""
     from diffusion_core.stages.work.gate import register
+    from diffusion_core.tracking import champion_before
 
     began = time.monotonic()
     version, verdict, new = register(request)
@@ -97,6 +102,8 @@ def run(request: RegisterRequest) -> RegisterResult:
         promoted=verdict.passed,
         reason=verdict.reason,
         figures=verdict.figures,
+        previous=champion_before(request.store, request.model) if verdict.passed else None,
+        question=verdict.question,
     )
 
 
@@ -109,6 +116,26 @@ def rows(result: RegisterResult) -> Rows:
     ]
 
 
+def events(request: RegisterRequest, result: RegisterResult) -> list[Event]:
+    """That there is a version, and what became of it: champion, a question, or refused."""
+    version = {"model": result.model, "version": result.version, "bundle_uri": request.bundle_uri}
+    registered = Event("diffusion.model.registered", result.model, version, once=str(result.version))
+    if result.promoted:
+        return [registered, champion_changed(result.model, result.version, result.previous, result.reason)]
+    payload = {**version, "reason": result.reason, "figures": result.figures}
+    if result.question is not None:
+        return [registered, Event("diffusion.approval.asked", result.model, payload, once=result.question.id)]
+    once = digest(result.version, result.reason)
+    return [registered, Event("diffusion.gate.refused", result.model, payload, once=once)]
+
+
+def champion_changed(model: str, version: int, previous: int | None, reason: str, by_hand: bool = False) -> Event:
+    """A version is the champion now; the gate makes it so once, a person any number of times."""
+    payload = {"model": model, "version": version, "previous": previous, "reason": reason}
+    once = None if by_hand else f"{version} after {previous}"
+    return Event("diffusion.champion.changed", model, payload, once=once)
+
+
 STAGE = Stage(
     name="register",
     flow="register-model",
@@ -119,4 +146,6 @@ STAGE = Stage(
     check=check,
     run=run,
     rows=rows,
+    events=events,
+    question=lambda result: result.question,
 )

@@ -11,6 +11,7 @@ from diffusion_core.data.config import DatasetConfig, SourceConfig
 from diffusion_core.jobs.request import Request, Result
 from diffusion_core.stages import options as o
 from diffusion_core.stages.base import Rows, Stage, seconds
+from diffusion_core.stages.events import Event
 
 if TYPE_CHECKING:
     from diffusion_core.jobs.backend import BackendConfig
@@ -86,6 +87,12 @@ def rows(result: ShardResult) -> Rows:
     ]
 
 
+def events(request: ShardRequest, result: ShardResult) -> list[Event]:
+    name = request.dataset.name
+    payload = {"dataset": name, **result.model_dump(include={"version", "uri", "splits", "rejected", "shards"})}
+    return [Event("diffusion.dataset.created", name, payload, once=result.version)]
+
+
 STAGE = Stage(
     name="shard",
     flow="shard-dataset",
@@ -96,4 +103,5 @@ STAGE = Stage(
     check=check,
     run=run,
     rows=rows,
+    events=events,
 )

@@ -11,6 +11,7 @@ from diffusion_core.config import execution
 from diffusion_core.jobs.request import Request, Result
 from diffusion_core.stages import options as o
 from diffusion_core.stages.base import Rows, Stage, seconds
+from diffusion_core.stages.events import Event
 from diffusion_core.training.run import TrainSpec
 
 if TYPE_CHECKING:
@@ -126,6 +127,11 @@ def rows(result: TrainResult) -> Rows:
     ]
 
 
+def events(request: TrainRequest, result: TrainResult) -> list[Event]:
+    payload = {"dataset_uri": request.spec.dataset_uri, **result.model_dump(exclude={"reused"})}
+    return [Event("diffusion.run.completed", result.run_id, payload, once=str(result.images_seen))]
+
+
 STAGE = Stage(
     name="train",
     flow="train-model",
@@ -136,5 +142,6 @@ STAGE = Stage(
     check=check,
     run=run,
     rows=rows,
+    events=events,
     picture=lambda result: f"{result.bundle_uri}/samples.png",
 )

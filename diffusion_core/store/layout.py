@@ -17,6 +17,7 @@ LEASES = "leases"
 OUTCOMES = "outcomes"
 ASKED = "asked"
 WATCHED = "watched"
+EVENTS = "events"
 JOBS = "jobs"
 STACK = "stack"
 MLFLOW_DATABASE = "mlflow.db"
@@ -54,6 +55,16 @@ def fetched_bundle(digest: str) -> str:
 
 def gate(model: str) -> str:
     return f"{GATES}/{model}"
+
+
+def approvals(model: str) -> str:
+    """What a person was asked about versions of a model, a folder for each question."""
+    return f"{gate(model)}/approvals"
+
+
+def event(event_id: str) -> str:
+    """Exists if the event was told."""
+    return f"{EVENTS}/{event_id}.json"
 
 
 def lease(stage: str, work: str) -> str:
@@ -231,6 +242,16 @@ def view(digest: str) -> str:
 COMPARISON = "comparison.json"  # written last
 COMPARISON_TABLE = "comparison.md"
 COMPARISON_PICTURE = "comparison.png"
+
+# In the folder of a question to a person.
+QUESTION = "question.json"
+ANSWER = "answer.json"
+
+
+def waiting(flow_run_id: str) -> str:
+    """Exists if this Prefect flow run waited for the answer."""
+    return f"waiting/{flow_run_id}.json"
+
 
 # In a job.
 REQUEST = "request.json"

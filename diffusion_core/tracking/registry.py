@@ -123,6 +123,12 @@ def champion_history(store: str | Directory, model: str) -> list[int]:
     return [*kept, present]
 
 
+def champion_before(store: str | Directory, model: str) -> int | None:
+    """The version that was champion before the present one; None if there was none."""
+    earlier = champion_history(store, model)[:-1]
+    return earlier[-1] if earlier else None
+
+
 def promote(model: str, version: int, store: str | Directory) -> None:
     """Make a version the champion, whatever the gate said. `UserError` if there is no such version."""
     find_version(f"models:/{model}/{version}", store)

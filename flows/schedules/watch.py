@@ -22,7 +22,6 @@ from diffusion_core.stages import shard
 from diffusion_core.stages.config import PipelineConfig
 from diffusion_core.stages.shard import ShardRequest, ShardResult
 from diffusion_core.store import Directory, layout
-from flows import events
 from flows.announced import announce
 from flows.schedules.overrides import resolve
 from flows.schedules.runs import Fields, Preset, Store
@@ -105,8 +104,6 @@ def _take(config: PipelineConfig, seen: Seen) -> tuple[Seen, str]:
     taken = seen.model_copy(update={"taken": seen.listing.digest, "version": result.uri, "made": time.time()})
     if result.uri == seen.version:
         return taken, f"Files were touched, but their content is that of {result.uri}."
-    figures = {"uri": result.uri, "version": result.version, "splits": result.splits, "rejected": result.rejected}
-    events.emit(events.DATASET_CREATED, f"diffusion.dataset.{config.dataset.name}", figures)
     return taken, f"New dataset version {result.uri}."
 
 

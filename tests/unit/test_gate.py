@@ -31,7 +31,7 @@ from diffusion_core.stages.evaluate import EvaluateRequest
 from diffusion_core.stages.register import RegisterRequest
 from diffusion_core.stages.work import gate as work
 from diffusion_core.stages.work.evaluate import attach, check_comparable, evaluate, samples_of
-from diffusion_core.tracking import connection
+from diffusion_core.tracking import approval, connection
 from tests.evaluated import model_of_quality, pictures_dataset
 from tests.tiny_bundle import tiny_bundle
 
@@ -360,3 +360,26 @@ def test_a_gate_whose_holder_died_is_succeeded(store, dataset, bundles, run_id):
     )
     subprocess.run([sys.executable, "-c", code, store])
     assert gate(store, dataset, run_id, bundles["good"], "dead").promoted
+
+
+def test_a_person_has_the_last_word_about_a_version_that_passes(store, dataset, bundles, run_id):
+    poor = gate(store, dataset, run_id, bundles["poor"], "asked", first_limit=1000, approval="ask")
+    assert not poor.promoted and poor.question.champion is None and tracking.champion(store, "asked") is None
+    again = gate(store, dataset, run_id, bundles["poor"], "asked", first_limit=1000, approval="ask")
+    assert again.question == poor.question, "the same command waits for the same answer"
+    approval.answer(store, poor.question, True, "Anna", "It will do.")
+    accepted = gate(store, dataset, run_id, bundles["poor"], "asked", first_limit=1000, approval="ask")
+    assert accepted.promoted and accepted.question is None and "Accepted by Anna" in accepted.reason
+
+    real = gate(store, dataset, run_id, bundles["real"], "asked", approval="ask")
+    assert real.question.champion == 1 and real.question.figures["difference_high"] < 0
+    approval.answer(store, real.question, False, "Berta", "Noise in the corners.")
+    for _ in range(2):
+        refused = gate(store, dataset, run_id, bundles["real"], "asked", approval="ask")
+        assert not refused.promoted and refused.question is None and "Noise in the corners." in refused.reason
+    assert tracking.champion(store, "asked") == 1
+
+    silent = gate(store, dataset, run_id, bundles["good"], "asked", approval="ask", approval_timeout_h=1e-9)
+    assert not silent.promoted and "It was not answered in" in silent.reason
+    awful = gate(store, dataset, run_id, bundles["awful"], "asked", approval="ask")
+    assert awful.question is None, "nobody is asked about a version that its figures refuse"

@@ -26,6 +26,11 @@ PATHS = {
     layout.outcome("digits", "0a1b"): "outcomes/digits/0a1b.json",
     layout.asked("0a1b"): "asked/0a1b.json",
     layout.watched("digits"): "watched/digits.json",
+    layout.event("0a1b"): "events/0a1b.json",
+    layout.approvals("digits"): "gates/digits/approvals",
+    layout.QUESTION: "question.json",
+    layout.ANSWER: "answer.json",
+    layout.waiting("0a1b"): "waiting/0a1b.json",
     layout.job("train-20260101-000000-0a1b2c"): "jobs/train-20260101-000000-0a1b2c",
     layout.STACK: "stack",
     layout.MLFLOW_DATABASE: "mlflow.db",
@@ -106,7 +111,7 @@ def test_every_path_is_among_them() -> None:
 
 
 FOLDERS = {"datasets", "runs", "images", "evaluations", "comparisons", "bundles", "gates", "leases", "jobs", "stack"}
-FOLDERS |= {"outcomes", "asked", "watched"}
+FOLDERS |= {"outcomes", "asked", "watched", "events"}
 FILES = {"mlflow.db", "mlartifacts"} | {path for path in PATHS.values() if path.endswith((".json", ".parquet"))}
 
 

@@ -6,13 +6,14 @@ One gate at a time per model, whoever starts it: the lease is in the store. A ga
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from diffusion_core.bundle import read_bundle_config
 from diffusion_core.config import UserError
 from diffusion_core.data.shards import open_dataset
-from diffusion_core.evaluation.config import EvaluationConfig, GateConfig
+from diffusion_core.evaluation.config import Approval, EvaluationConfig, GateConfig
 from diffusion_core.evaluation.identity import distance_name
 from diffusion_core.jobs.record import mlflow_run_of
 from diffusion_core.stages.register import RegisterRequest
@@ -20,6 +21,7 @@ from diffusion_core.stages.work.evaluate import Evaluation, check_comparable, ev
 from diffusion_core.store import Directory, layout
 from diffusion_core.store.lease import Lease, acquire
 from diffusion_core.store.turns import Waiting
+from diffusion_core.tracking.approval import Question
 
 _ATTEMPTS = 3
 
@@ -34,12 +36,15 @@ class Verdict:
     reason: str
     figures: dict[str, Any]
     computed: bool = True
+    question: Question | None = None
+    """What a person has to answer first."""
 
 
 def register(request: RegisterRequest) -> tuple[int, Verdict, bool]:
     """Register the bundle as a version, alias `candidate`; `champion` if the gate lets it pass.
 
-    A bundle that has a version keeps it, and evaluations that are done are found, so that doing it again is quick.
+    A bundle that has a version keeps it, and evaluations that are done are found, so that doing it again is quick. That
+    is how a gate with `approval: ask` concludes: it ends with a question, and done again it finds the answer.
 
     Returns:
         The version, what the gate decided, and whether anything was new.
@@ -78,6 +83,8 @@ def _gate(request: RegisterRequest, version: int, lease: Lease) -> tuple[Verdict
     for _ in range(_ATTEMPTS):
         present = champion(request.store, request.model)
         verdict = _decide(request, version, present)
+        if verdict.passed and present != version and request.gate.approval is Approval.ASK:
+            verdict = _asked(request, version, present, verdict)
         if champion(request.store, request.model) != present:
             continue  # someone promoted or rolled back by hand meanwhile
         if not lease.still_mine():
@@ -91,6 +98,34 @@ def _gate(request: RegisterRequest, version: int, lease: Lease) -> tuple[Verdict
             promote(request.model, version, request.store)
         return verdict, promoted_now
     raise UserError(f"The champion of {request.model!r} is being changed by someone else all the time: try again.")
+
+
+def _asked(request: RegisterRequest, version: int, present: int | None, verdict: Verdict) -> Verdict:
+    """What a person says of a version that passes by its figures; until then a verdict with a question."""
+    from diffusion_core.tracking import approval, resolve_model
+
+    now = datetime.now(UTC)
+    candidate, champion = (
+        "" if number is None else resolve_model(f"models:/{request.model}/{number}", request.store).digest
+        for number in (version, present)
+    )
+    question, answer = approval.ask(
+        request.store,
+        Question(
+            id=approval.question_id(version, candidate, champion),
+            model=request.model,
+            version=version,
+            champion=present,
+            reason=verdict.reason,
+            figures=verdict.figures,
+            asked_at=now,
+            deadline=now + timedelta(hours=request.gate.approval_timeout_h),
+        ),
+    )
+    approval.show(request.store, question, answer)
+    if answer is None:
+        return replace(verdict, passed=False, question=question, reason=f"{verdict.reason} A person is asked.")
+    return replace(verdict, passed=answer.accepted, reason=f"{verdict.reason} {answer.sentence}")
 
 
 def _decide(request: RegisterRequest, version: int, present: int | None) -> Verdict:

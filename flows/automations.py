@@ -1,0 +1,192 @@
+"""What may follow from an event without anybody's doing: the automations that the product brings, off by default.
+
+They live in the Prefect server under names of their own. Enabling one makes it there or brings it up to date, and
+disabling it keeps it, so that the UI shows it; neither ever makes a second one of the same name.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, cast
+from uuid import UUID
+
+from prefect.blocks.webhook import Webhook
+from prefect.client.orchestration import get_client
+from prefect.events.actions import ActionTypes, CallWebhook, RunDeployment
+from prefect.events.schemas.automations import Automation, AutomationCore, EventTrigger, Posture
+from prefect.exceptions import ObjectNotFound
+
+from diffusion_core.config import UserError
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
+PREFIX = "diffusion: "  # of their names in the Prefect server
+TAG = "diffusion"  # of the runs that they look after
+WEBHOOK_BLOCK, WEBHOOK_VARIABLE = "diffusion-webhook", "DIFFUSION_WEBHOOK_URL"
+STUCK = timedelta(minutes=10)
+
+_OURS = {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
+_NOT_OF_A_PIPELINE = {"prefect.resource.role": "flow", "prefect.resource.name": "!diffusion-pipeline"}
+_ENDED = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Crashed", "TimedOut", "Cancelled")}
+_MESSAGE = """{
+  "text": {{ (event.event ~ ": " ~ event.resource.name ~ " " ~ (event.payload.reason or event.payload.error or
+    event.resource["prefect.state-message"] or "")) | tojson }},
+  "automation": {{ automation.name | tojson }},
+  "event": {{ event.event | tojson }},
+  "resource": {{ event.resource.id | tojson }},
+  "occurred": {{ (event.occurred | string) | tojson }},
+  "payload": {{ event.payload | tojson }}
+}"""
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """An automation as it is shipped: what it waits for, and either the deployment that it runs or a webhook call."""
+
+    name: str
+    description: str
+    trigger: EventTrigger
+    deployment: str | None = None
+    """Name of the deployment that is run, with its flow: `flow/deployment`."""
+    parameters: dict[str, Any] | None = None
+    """Of that run, as templates of the event."""
+
+
+SHIPPED = (
+    Shipped(
+        "new-data-trains",
+        "A new dataset version, made by anything but a pipeline (which trains on it anyway), is trained on.",
+        EventTrigger(expect={"diffusion.dataset.created"}, match_related=[_OURS, _NOT_OF_A_PIPELINE]),
+        "train-model/train-model",
+        {
+            "request": {
+                "store": "{{ event.payload.store }}",
+                "experiment": "{{ event.payload.dataset }}",
+                "spec": {"dataset_uri": "{{ event.payload.uri }}"},
+            }
+        },
+    ),
+    Shipped(
+        "champion-generates",
+        "A new champion makes an image set.",
+        EventTrigger(expect={"diffusion.champion.changed"}),
+        "generate-images/generate-images",
+        {
+            "request": {
+                "store": "{{ event.payload.store }}",
+                "model": "models:/{{ event.payload.model }}/{{ event.payload.version }}",
+            }
+        },
+    ),
+    Shipped(
+        "notify",
+        "A run that failed, crashed or is late, a refused gate, and a question to a person call a webhook.",
+        EventTrigger(
+            expect={
+                *(f"prefect.flow-run.{state}" for state in ("Failed", "Crashed", "TimedOut", "Late")),
+                "diffusion.gate.refused",
+                "diffusion.approval.asked",
+            },
+            match_related=_OURS,
+        ),
+    ),
+    Shipped(
+        "notify-stuck",
+        f"A run that does not get going, or was silent, for {STUCK.seconds // 60} minutes calls a webhook.",
+        EventTrigger(
+            posture=Posture.Proactive,
+            after={"prefect.flow-run.Pending", "prefect.flow-run.heartbeat"},
+            expect={"prefect.flow-run.Running", "prefect.flow-run.heartbeat", "prefect.flow-run.Paused", *_ENDED},
+            for_each={"prefect.resource.id"},
+            match={"prefect.resource.id": "prefect.flow-run.*"},
+            match_related=_OURS,
+            within=STUCK,
+        ),
+    ),
+)
+NAMES = tuple(shipped.name for shipped in SHIPPED)
+
+
+def states() -> dict[str, bool | None]:
+    """By name: True if enabled, False if disabled, None if the server does not know it."""
+    with get_client(sync_client=True) as client:
+        found = {shipped.name: _existing(client, shipped) for shipped in SHIPPED}
+    return {name: None if automation is None else automation.enabled for name, automation in found.items()}
+
+
+def enable(name: str, webhook_variable: str = WEBHOOK_VARIABLE, deployment: str | None = None) -> None:
+    """Make an automation in the Prefect server, or bring it up to date, and enable it.
+
+    Args:
+        name: one of `NAMES`.
+        webhook_variable: name of the environment variable with the address of the webhook. It is a secret: it is kept
+            encrypted in a block of the server, and shown nowhere. If it is not set, the address that is kept counts.
+        deployment: another deployment to run than the usual one, as `flow/deployment`.
+
+    Raises:
+        UserError: there is no such automation, deployment or address.
+    """
+    shipped = _shipped(name)
+    with get_client(sync_client=True) as client:
+        action = _action(client, shipped, webhook_variable, deployment)
+        wanted = AutomationCore(
+            name=PREFIX + name,
+            description=shipped.description,
+            enabled=True,
+            tags=[TAG],
+            trigger=shipped.trigger,
+            actions=[action],
+        )
+        existing = _existing(client, shipped)
+        if existing is None:
+            client.create_automation(wanted)
+        else:
+            whole = AutomationCore.model_validate(wanted.model_dump())  # an update sends only what was set
+            client.update_automation(existing.id, whole)
+
+
+def disable(name: str) -> None:
+    """Disable an automation, which stays in the server; one that is not there is disabled already."""
+    with get_client(sync_client=True) as client:
+        if existing := _existing(client, _shipped(name)):
+            client.pause_automation(existing.id)
+
+
+def _shipped(name: str) -> Shipped:
+    for shipped in SHIPPED:
+        if shipped.name == name:
+            return shipped
+    raise UserError(f"automation {name}: there is no such automation; accepted are {', '.join(NAMES)}.")
+
+
+def _existing(client: SyncPrefectClient, shipped: Shipped) -> Automation | None:
+    return next(iter(client.read_automations_by_name(PREFIX + shipped.name)), None)
+
+
+def _action(client: SyncPrefectClient, shipped: Shipped, variable: str, deployment: str | None) -> ActionTypes:
+    if shipped.deployment is None:
+        return CallWebhook(block_document_id=_webhook(client, variable), payload=_MESSAGE)
+    wanted = deployment or shipped.deployment
+    try:
+        found = client.read_deployment_by_name(wanted)
+    except ObjectNotFound:
+        raise UserError(f"automation {shipped.name}: the Prefect server has no deployment {wanted}.") from None
+    return RunDeployment(source="selected", deployment_id=found.id, parameters=shipped.parameters)
+
+
+def _webhook(client: SyncPrefectClient, variable: str) -> UUID:
+    """The block that holds the address of the webhook."""
+    if url := os.environ.get(variable):
+        if not url.startswith(("http://", "https://")):
+            raise UserError(f"{variable}: the address of a webhook begins with https:// or http://.")
+        block = Webhook(url=url, headers={"Content-Type": "application/json"})
+        return cast(UUID, block.save(WEBHOOK_BLOCK, overwrite=True))
+    try:
+        return client.read_block_document_by_name(WEBHOOK_BLOCK, "webhook", include_secrets=False).id
+    except ObjectNotFound:
+        raise UserError(
+            f"{variable}: set this environment variable to the address of the webhook, which is kept as a secret."
+        ) from None
