@@ -219,10 +219,12 @@ def _checkpoints(store: str, besides: set[str]) -> list[int]:
 def test_prune_takes_what_nothing_came_from_and_nothing_else(
     first: Any, store: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """After the interrupted and continued run above, which nobody registered."""
+    """After the user's mistake above, which began a dataset version, and the continued run, which nobody registered."""
     from flows.cli import main
 
     runs = set((Directory(store) / "runs").children())
+    (begun,) = (Directory(store) / "datasets/broken").children()
+    assert not (Directory(store) / f"datasets/broken/{begun}").exists("manifest.json")
     options = ["--unused", "--older-than", "0s", "--store", store, "--json"]
     assert main(["prune", *options]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -230,7 +232,7 @@ def test_prune_takes_what_nothing_came_from_and_nothing_else(
     assert main(["prune", *options, "--yes"]) == 0
     deleted = json.loads(capsys.readouterr().out)["candidates"]
     gone = {item["uri"] for item in deleted if item["kind"] not in ("job", "lease")}
-    assert gone == {f"{store}/runs/{run}" for run in runs - {first.run.run_id}}
+    assert gone == {f"{store}/runs/{run}" for run in runs - {first.run.run_id}} | {f"{store}/datasets/broken/{begun}"}
     assert (Directory(store) / "jobs").children() == [] and not list((Directory(store) / "leases").list())
     for reference in (first.images.set_id, first.dataset.uri, first.run.bundle_uri):
         assert main(["verify", reference, "--store", store]) == 0
