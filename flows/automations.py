@@ -144,8 +144,9 @@ def enable(name: str, webhook_variable: str = WEBHOOK_VARIABLE, deployment: str 
         if existing is None:
             client.create_automation(wanted)
         else:
-            whole = AutomationCore.model_validate(wanted.model_dump())  # an update sends only what was set
-            client.update_automation(existing.id, whole)
+            # An update sends the fields that were set: all of them, but the owner that the server gave it.
+            whole = wanted.model_dump(exclude={"owner_resource"})
+            client.update_automation(existing.id, AutomationCore.model_validate(whole))
 
 
 def disable(name: str) -> None:
