@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import flow, get_run_logger
+from prefect import get_run_logger
 
 from diffusion_core.stages import pipeline
 from diffusion_core.stages.config import PipelineConfig
 from diffusion_core.stages.generate import GenerateRequest
 from diffusion_core.stages.pipeline import STEPS, PipelineResult
 from flows import artifacts, last_run
-from flows.announced import announce
 from flows.checked import check_unless_done
+from flows.flow import diffusion_flow
 from flows.stages import run_stage
 
 
-@flow(name="diffusion-pipeline", on_running=[announce])
+@diffusion_flow("diffusion-pipeline")
 def diffusion_pipeline(config: PipelineConfig) -> PipelineResult:
     """Images → dataset version → trained bundle → figures → registered model version → generated images."""
     return run_pipeline(config)

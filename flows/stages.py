@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import Flow, flow, task
+from prefect import Flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
 from prefect.runtime import task_run
 
 from diffusion_core.config import UserError
@@ -18,8 +19,8 @@ from diffusion_core.jobs.request import Request, Result
 from diffusion_core.stages.events import failed
 from diffusion_core.stages.registry import STAGES, Entry
 from flows import approval, artifacts, events
-from flows.announced import announce
 from flows.checked import check_unless_done
+from flows.flow import diffusion_flow, task_failed
 from flows.follow import follow_job
 
 
@@ -33,12 +34,14 @@ def not_the_users_mistake(_task: Any, _run: Any, state: Any) -> bool:
     persist_result=False,
     retry_condition_fn=not_the_users_mistake,
 )
-def _work(stage: str, request: Request, backend: BackendConfig) -> Result:
+def _work(stage: str, request: Request, backend: BackendConfig) -> Result | State[Any]:
     asked = STAGES[stage].load()
     try:
         result = artifacts.publish(asked, follow_job(asked, request, backend))
     except Exception as error:
         events.tell([failed(stage, error, task_run.run_count)], request.store)
+        if isinstance(error, UserError):
+            return task_failed(error)
         raise
     if asked.events:
         events.tell(asked.events(request, result), request.store)
@@ -51,10 +54,12 @@ def run_stage(stage: str, request: Request, backend: BackendConfig) -> Any:
     If it ends with a question to a person, the flow waits for the answer, and runs it again.
     """
     question = STAGES[stage].load().question
-    again = _work.with_options(name=stage, retries=backend.retries, retry_delay_seconds=backend.retry_delay_s)
-    if question is None:
-        return again(stage, request, backend)
-    return approval.decided(lambda: again(stage, request, backend), question, request.store)
+    task = _work.with_options(name=stage, retries=backend.retries, retry_delay_seconds=backend.retry_delay_s)
+
+    def work() -> Any:
+        return task(stage, request, backend, return_state=True).result()
+
+    return work() if question is None else approval.decided(work, question, request.store)
 
 
 def _flow(entry: Entry) -> Flow[..., Any]:
@@ -67,7 +72,7 @@ def _flow(entry: Entry) -> Flow[..., Any]:
     # From these Prefect makes the form, and finds the flow of a deployment: by this name, in this module.
     run.__annotations__ = {"request": stage.request, "backend": BackendConfig, "return": stage.result}
     run.__name__ = run.__qualname__ = stage.flow.replace("-", "_")
-    return flow(name=stage.flow, description=entry.summary, on_running=[announce])(run)
+    return diffusion_flow(stage.flow, description=entry.summary)(run)
 
 
 FLOWS = {name: _flow(entry) for name, entry in STAGES.items()}

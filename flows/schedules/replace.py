@@ -10,7 +10,7 @@ import time
 from datetime import UTC, datetime
 from uuid import UUID
 
-from prefect import flow, get_run_logger
+from prefect import get_run_logger
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     DeploymentFilter,
@@ -23,13 +23,13 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Cancelling
 
-from flows.announced import announce
+from flows.flow import diffusion_flow
 
 PATIENCE_S, POLL_S = 90.0, 2.0
 _STARTED = (StateType.RUNNING, StateType.PENDING, StateType.CANCELLING, StateType.PAUSED)
 
 
-@flow(name="replace-running", persist_result=False, on_running=[announce])
+@diffusion_flow("replace-running", persist_result=False)
 def replace_running(deployment: str) -> None:
     """Cancel what runs of a deployment, wait until it has ended, and start it anew.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from prefect import flow, get_run_logger
+from prefect import get_run_logger
 from prefect.runtime import flow_run
 from pydantic import Field, ValidationError
 
@@ -16,7 +16,7 @@ from diffusion_core.stages.checks import check_readable
 from diffusion_core.stages.generate import GenerateRequest, GenerateResult
 from diffusion_core.stages.pipeline import PipelineResult
 from diffusion_core.stages.settings import seconds
-from flows.announced import announce
+from flows.flow import diffusion_flow
 from flows.pipeline import run_pipeline
 from flows.schedules.overrides import resolve
 from flows.stages import run_stage
@@ -30,7 +30,7 @@ Store = Annotated[str, Field(description="Root of the store: a folder or s3://bu
 NewImages = Annotated[bool, Field(description="Make new images instead of finding those of the run before.")]
 
 
-@flow(name="diffusion-pipeline", persist_result=False, on_running=[announce])
+@diffusion_flow("diffusion-pipeline", persist_result=False)
 def pipeline(
     store: Store, preset: Preset = None, overrides: Fields = "", new_images: NewImages = False
 ) -> PipelineResult:
@@ -39,7 +39,7 @@ def pipeline(
     return run_pipeline(config, asked=asked() if new_images else None)
 
 
-@flow(name="generate-images", persist_result=False, on_running=[announce])
+@diffusion_flow("generate-images", persist_result=False)
 def generate(
     store: Store,
     preset: Preset = None,
@@ -67,7 +67,7 @@ class PruneOptions(Config):
     unused: bool = Field(False, description="Also runs, datasets and figures that nothing needs.")
 
 
-@flow(name="prune-store", persist_result=False, on_running=[announce])
+@diffusion_flow("prune-store", persist_result=False)
 def prune(store: Store, overrides: dict[str, Any] | None = None) -> int:
     """Delete what the store can do without; the bytes that this freed."""
     check_readable(store)

@@ -12,7 +12,7 @@ import time
 from datetime import UTC, datetime
 from typing import Annotated
 
-from prefect import flow, get_run_logger
+from prefect import get_run_logger
 from pydantic import Field
 
 from diffusion_core.config import Config, UserError, digest
@@ -22,7 +22,7 @@ from diffusion_core.stages import shard
 from diffusion_core.stages.config import PipelineConfig
 from diffusion_core.stages.shard import ShardRequest, ShardResult
 from diffusion_core.store import Directory, layout
-from flows.announced import announce
+from flows.flow import diffusion_flow
 from flows.schedules.overrides import resolve
 from flows.schedules.runs import Fields, Preset, Store
 from flows.stages import run_stage
@@ -50,7 +50,7 @@ class Seen(Config):
     made: float | None = Field(None, description="Unix time at which that was.")
 
 
-@flow(name="watch-source", persist_result=False, on_running=[announce])
+@diffusion_flow("watch-source", persist_result=False)
 def watch(
     store: Store,
     preset: Preset = None,

@@ -139,7 +139,7 @@ def test_the_store_lists_what_it_has(first: Any, store: str, capsys: pytest.Capt
 
 
 def test_a_users_mistake_is_not_tried_again(prefect_server: None, store: str, tmp_path: Path) -> None:
-    """A file that only the job finds to be wrong fails the flow at once, with the job's sentence."""
+    """What only the job finds to be wrong fails the flow at once, with the job's sentence."""
     from diffusion_core.stages.shard import ShardRequest
     from flows.stages import FLOWS
 
@@ -148,11 +148,64 @@ def test_a_users_mistake_is_not_tried_again(prefect_server: None, store: str, tm
     config = load_config(
         shortcuts={"name": "broken", "source.uri": str(tmp_path), "dataset.image_size": 8, "store": store}
     )
-    with pytest.raises(UserError, match="reject"):
+    with pytest.raises(UserError, match="reject") as mistake:
         FLOWS["shard"](ShardRequest.of(config), config.backend)
+    run, errors = _told_of_the_last_run()
+    assert run.name and run.state.is_failed() and run.state.message == str(mistake.value)
+    assert errors == [f"Finished in state Failed({str(mistake.value)!r})"]  # of the task
     jobs = Directory(store) / "jobs"
     requests = [(jobs / name).read_json("request.json") for name in jobs.children() if name.startswith("shard-")]
     assert [request["dataset"]["name"] for request in requests].count("broken") == 1
+
+
+def test_a_mistake_in_a_form_is_one_sentence(prefect_server: None, store: str) -> None:
+    """As a worker runs it: the engine in a process of its own, which would log the traceback a third time."""
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL
+
+    from flows.schedules.runs import pipeline
+
+    with get_client(sync_client=True) as client:
+        asked = {"store": store, "preset": "digits", "overrides": "training.batch_sise: 256"}
+        deployment = client.create_deployment(
+            client.create_flow(pipeline), "wrong", entrypoint="flows.schedules.runs.pipeline", parameters=asked
+        )
+        run = client.create_flow_run_from_deployment(deployment)
+    environment = {**os.environ, "PREFECT_API_URL": str(PREFECT_API_URL.value())}
+    subprocess.run([sys.executable, "-m", "prefect.engine", str(run.id)], env=environment, capture_output=True)
+    run, errors = _told_of_the_last_run()
+    said = "overrides training.batch_sise: there is no such field, did you mean training.batch_size"
+    assert run.state.is_failed() and run.state.message.startswith(said) and "\n" not in run.state.message
+    assert errors == [run.state.message]
+
+
+def test_a_form_of_every_field_says_which_is_wrong(prefect_server: None, store: str) -> None:
+    from flows.pipeline import diffusion_pipeline
+
+    config = load_config("digits", shortcuts={"store": store}).model_dump(mode="json")
+    with pytest.raises(UserError) as mistake:
+        diffusion_pipeline({**config, "dataset": {**config["dataset"], "test_fraction": 2}})
+    run, errors = _told_of_the_last_run()
+    assert run.state.message.startswith("config.dataset.test_fraction: 2 is not accepted: ")
+    assert errors == [run.state.message] == [str(mistake.value)]
+
+
+def _told_of_the_last_run() -> tuple[Any, list[str]]:
+    """The flow run that began last, and what its log has of errors; no line of it has a traceback."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import LogFilter
+    from prefect.client.schemas.sorting import FlowRunSort, LogSort
+
+    with get_client(sync_client=True) as client:
+        (run,) = client.read_flow_runs(sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=1)
+        wanted = LogFilter.model_validate({"flow_run_id": {"any_": [run.id]}})
+        deadline, log = time.monotonic() + 20, []
+        while not [line for line in log if line.task_run_id is None and "Finished in state" in line.message]:
+            assert time.monotonic() < deadline, [line.message for line in log]
+            time.sleep(0.2)  # a thread of the flow's process sends them
+            log = client.read_logs(wanted, sort=LogSort.TIMESTAMP_ASC)
+    assert not [line.message for line in log if "Traceback" in line.message]
+    return run, [line.message for line in log if line.level >= 40]
 
 
 def _artifacts() -> dict[str, str]:

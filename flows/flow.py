@@ -1,0 +1,77 @@
+"""What all flows have in common: they say which process runs them, and errors are told once.
+
+A user's mistake is one sentence: the message of the state that the run ends in, and one line of its log. Anything else
+keeps its traceback, which Prefect alone would print for the task, for its flow and for the engine.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import prefect
+from prefect import Flow, get_run_logger
+from prefect.client.schemas.objects import State
+from prefect.states import Failed
+from pydantic import ValidationError, validate_call
+
+from diffusion_core.config import UserError, explain
+from flows.announced import announce
+
+
+def diffusion_flow(name: str, **options: Any) -> Callable[[Callable[..., Any]], Flow[..., Any]]:
+    """Decorator, like Prefect's: makes a flow of a function. Calling it raises what the function raises."""
+
+    def made(run: Callable[..., Any]) -> Flow[..., Any]:
+        signature, validated = inspect.signature(run), validate_call(wraps(run)(lambda **given: given))
+
+        @wraps(run)
+        def flow(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return run(**_arguments(validated, signature.bind(*args, **kwargs).arguments))
+            except UserError as error:
+                if _is_news(error):
+                    get_run_logger().error("%s", error)
+                return Failed(message=str(error), data=error)
+
+        # Its parameters are looked at here: Prefect's own look ends in a message of several lines and a traceback.
+        return prefect.flow(name=name, validate_parameters=False, on_running=[announce], **options)(flow)
+
+    return made
+
+
+def task_failed(error: UserError) -> State[Any]:
+    """The state of a task that a user's mistake ended; Prefect logs it with its sentence."""
+    _is_news(error)
+    return Failed(message=str(error), data=error)
+
+
+def _arguments(validated: Callable[..., dict[str, Any]], given: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return validated(**given)
+    except ValidationError as error:
+        raise UserError(explain(error)) from None
+
+
+def _is_news(error: BaseException) -> bool:
+    """Whether an error is told of for the first time."""
+    told: bool = vars(error).get("_told", False)
+    vars(error)["_told"] = True
+    return not told
+
+
+class _OneTraceback(logging.Filter):
+    """Lets the first traceback of each error through, and none of a user's mistake."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info is None:
+            return True
+        error = record.exc_info[1]
+        return error is not None and not isinstance(error, UserError) and _is_news(error)
+
+
+for _name in ("prefect.flow_runs", "prefect.task_runs"):
+    logging.getLogger(_name).addFilter(_OneTraceback())
