@@ -9,12 +9,14 @@ from uuid import UUID
 
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from prefect.runtime import flow_run, task_run
+from prefect.runtime import deployment, flow_run, task_run
+from prefect.utilities.urls import url_for
 
 from diffusion_core.jobs.backend import BackendConfig, JobLog, run_job
 from diffusion_core.jobs.request import Request, Result
 from diffusion_core.progress import ProgressEvent
 from diffusion_core.stages.base import Stage
+from diffusion_core.tracking import FlowRun, without_secrets
 from flows.display import Display, Pace, current_display
 
 ResultT = TypeVar("ResultT", bound=Result)
@@ -28,7 +30,7 @@ def follow_job(stage: Stage[Any, ResultT], request: Request, backend: BackendCon
     follower = _Follower(stage.name, current_display())
     result = run_job(
         stage.name,
-        request.model_copy(update={"asked_by": flow_run.get_id()}),
+        request.model_copy(update={"asked_by": asking()}),
         stage.result,
         backend,
         on_progress=follower.progress,
@@ -37,6 +39,19 @@ def follow_job(stage: Stage[Any, ResultT], request: Request, backend: BackendCon
     )
     follower.finished(result)
     return result
+
+
+def asking() -> FlowRun | None:
+    """The flow run that calls; None outside of any."""
+    if not flow_run.id:
+        return None
+    url = url_for("flow-run", flow_run.id)
+    return FlowRun(
+        id=flow_run.id,
+        name=flow_run.name,
+        deployment=f"{flow_run.flow_name}/{deployment.name}" if deployment.name else None,
+        url=without_secrets(url) if url else None,
+    )
 
 
 class _Follower:

@@ -72,7 +72,7 @@ def _attempt(
         with suppress(StoreFull):  # which may be the error itself; who waits for the job finds it in the log
             place.write_json(ERROR, {"error": str(error)})
         return EXIT_USER_ERROR
-    result = result.model_copy(update={"account": keeper.account()})
+    result = result.model_copy(update={"job": place.uri, "account": keeper.account()})
     place.write_json(RESULT, result.model_dump(mode="json"))
     return 0
 

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any
 
 from diffusion_core.bundle import read_bundle_config
 from diffusion_core.config import UserError
 from diffusion_core.store import Directory, layout
-from diffusion_core.training.recorder import kept_figures, kept_pictures
+from diffusion_core.tracking import FlowRun, RunRecorder
+from diffusion_core.training.recorder import FileRecorder, kept_figures, kept_pictures
 from diffusion_core.training.run import RunDirectory, TrainSpec
 
-if TYPE_CHECKING:
-    from diffusion_core.tracking import RunRecorder
-
 _PATIENCE_S = 600.0  # for the figures of a whole run at once
+
+
+class KeptRecorder(RunRecorder):
+    """Tells MLflow, and with each checkpoint keeps the figures in the run's directory, for who cannot ask MLflow."""
+
+    def __init__(self, run: RunDirectory, *args: Any) -> None:
+        self._files = FileRecorder(run.directory)
+        super().__init__(*args)
+
+    def log(self, images_seen: int, metrics: Mapping[str, float]) -> None:
+        super().log(images_seen, metrics)
+        self._files.note(images_seen, metrics)
+
+    def unrecorded(self) -> list[tuple[int, dict[str, float]]]:
+        """What goes with the checkpoint that is about to be written."""
+        self._files.write()
+        return super().unrecorded()
 
 
 def recorded_mlflow_run(run: RunDirectory) -> str | None:
@@ -24,18 +40,20 @@ def recorded_mlflow_run(run: RunDirectory) -> str | None:
         return None
 
 
-def open_recorder(store: str, run: RunDirectory, spec: TrainSpec, experiment: str) -> RunRecorder:
+def open_recorder(
+    store: str, run: RunDirectory, spec: TrainSpec, experiment: str, asked_by: FlowRun | None = None
+) -> RunRecorder:
     """The record of a run that is trained on, with the figures that an attempt without MLflow kept."""
     known = recorded_mlflow_run(run)
-    recorder = _recorder(store, run, spec, experiment, known)
+    recorder = _recorder(store, run, spec, experiment, known, asked_by)
     if known is None and not _commit(run, recorder):
-        recorder = _recorder(store, run, spec, experiment, recorded_mlflow_run(run))
+        recorder = _recorder(store, run, spec, experiment, recorded_mlflow_run(run), asked_by)
     for images_seen, figures in kept_figures(run.directory):
         recorder.log(images_seen, figures)
     return recorder
 
 
-def record_afterwards(store: str, run: RunDirectory, experiment: str) -> str:
+def record_afterwards(store: str, run: RunDirectory, experiment: str, asked_by: FlowRun | None = None) -> str:
     """Id of the MLflow run of a run that was finished without MLflow: made now, or now told what it did not hear of.
 
     Raises:
@@ -46,7 +64,7 @@ def record_afterwards(store: str, run: RunDirectory, experiment: str) -> str:
     if known and run.directory.exists(marker):
         return known
     spec = TrainSpec.model_validate(run.directory.read_json(layout.RUN)["spec"])
-    recorder = _recorder(store, run, spec, experiment, known)
+    recorder = _recorder(store, run, spec, experiment, known, asked_by)
     for images_seen, values in figures:
         recorder.log(images_seen, values)
     for name, png in kept_pictures(run.directory).items():
@@ -60,7 +78,7 @@ def record_afterwards(store: str, run: RunDirectory, experiment: str) -> str:
     return str(recorded_mlflow_run(run))
 
 
-def mlflow_run_of(store: str, bundle_uri: str, experiment: str) -> str:
+def mlflow_run_of(store: str, bundle_uri: str, experiment: str, asked_by: FlowRun | None = None) -> str:
     """Id of the MLflow run that trained a bundle, as the bundle says or as `record_afterwards` makes it.
 
     Raises:
@@ -75,14 +93,17 @@ def mlflow_run_of(store: str, bundle_uri: str, experiment: str) -> str:
             f"The bundle {bundle_uri} names no MLflow run, and its run {config.run_id}, from which one could be made, "
             f"is not in the store {store}: give the store that it was trained in."
         )
-    return record_afterwards(store, run, experiment)
+    return record_afterwards(store, run, experiment, asked_by)
 
 
 def _recorder(
-    store: str, run: RunDirectory, spec: TrainSpec, experiment: str, mlflow_run_id: str | None = None
-) -> RunRecorder:
-    from diffusion_core.tracking import RunRecorder
-
+    store: str,
+    run: RunDirectory,
+    spec: TrainSpec,
+    experiment: str,
+    mlflow_run_id: str | None = None,
+    asked_by: FlowRun | None = None,
+) -> KeptRecorder:
     description = run.directory.read_json(layout.RUN)
     dataset = description["dataset"]
     tags = {
@@ -94,7 +115,8 @@ def _recorder(
         "code_version": description["code_version"],
     }
     params = {**spec.model_dump(mode="json"), "dataset_version": dataset["version"]}
-    return RunRecorder(store, experiment, f"{dataset['name']}-{run.run_id}", params, tags, mlflow_run_id)
+    name = f"{dataset['name']}-{run.run_id}"
+    return KeptRecorder(run, store, experiment, name, params, tags, mlflow_run_id, asked_by)
 
 
 def _commit(run: RunDirectory, recorder: RunRecorder) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from diffusion_core.config import Config, execution
+from diffusion_core.tracking.flow_run import FlowRun
 
 
 class Resources(Config):
@@ -26,7 +27,7 @@ class Request(Config):
 
     store: str = execution(description="Root of the store: a local folder or s3://bucket/prefix.")
     resources: Resources = execution(default_factory=Resources)
-    asked_by: str | None = execution(None, description="Id of the Prefect flow run that asked for it.")
+    asked_by: FlowRun | None = execution(None, description="The Prefect flow run that asked for it.")
 
 
 class Account(Config):
@@ -45,4 +46,5 @@ class Result(Config):
 
     seconds: float = Field(description="Wall-clock seconds that the job took.")
     reused: bool = Field(description="True if the work was found done, so that nothing was computed.")
+    job: str | None = Field(None, description="URI of the job's files; its last part is the job's id.")
     account: Account | None = Field(None, description="What the job took; None in results of before it was counted.")

@@ -100,7 +100,8 @@ def run(request: TrainRequest) -> TrainResult:
         images_seen=outcome.images_seen,
         loss=outcome.loss,
         images_per_second=outcome.images_per_second,
-        mlflow_run_id=outcome.mlflow_run_id or record_afterwards(request.store, place, request.experiment),
+        mlflow_run_id=outcome.mlflow_run_id
+        or record_afterwards(request.store, place, request.experiment, request.asked_by),
     )
 
 

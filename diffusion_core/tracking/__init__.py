@@ -5,6 +5,7 @@ Without MLFLOW_TRACKING_URI the record is a SQLite file in a local store, `<stor
 """
 
 from diffusion_core.tracking.connection import tracking_uri, without_secrets
+from diffusion_core.tracking.flow_run import FlowRun
 from diffusion_core.tracking.models import ResolvedModel, check_alias, list_models, resolve_model
 from diffusion_core.tracking.registry import (
     CANDIDATE,
@@ -25,6 +26,7 @@ from diffusion_core.tracking.runs import RunRecorder, end_run, record_figures
 __all__ = [
     "CANDIDATE",
     "CHAMPION",
+    "FlowRun",
     "ResolvedModel",
     "RunRecorder",
     "ServingDefaults",

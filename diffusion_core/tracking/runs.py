@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from diffusion_core.config import UserError
 from diffusion_core.store import Directory
 from diffusion_core.tracking.connection import Unreachable, client, ensure_experiment, without_secrets
+from diffusion_core.tracking.flow_run import FlowRun
 from diffusion_core.tracking.outbox import Figures, Message, Outbox
 
 if TYPE_CHECKING:
@@ -52,8 +53,10 @@ class RunRecorder:
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, Any] | None = None,
         mlflow_run_id: str | None = None,
+        asked_by: FlowRun | None = None,
     ) -> None:
         self._store, self._params, self._tags = store, flatten(params or {}), dict(tags or {})
+        self._asked_by = asked_by
         self._figures, self._pictures = Outbox(), Outbox()  # figures do not wait for pictures
         self.last_step = self._recorded = -1
         if mlflow_run_id is None:
@@ -120,7 +123,8 @@ class RunRecorder:
         self.last_step = max(self.last_step, self._recorded)
         self._client.update_run(self.mlflow_run_id, status="RUNNING")
         self._add_params(known=run.data.params)
-        for key, value in self._tags.items():
+        asked = self._asked_by.tags(run.data.tags) if self._asked_by else {}
+        for key, value in {**self._tags, **asked}.items():
             self._client.set_tag(self.mlflow_run_id, key, without_secrets(value))
 
     def _send_figures(self, figures: Figures) -> None:

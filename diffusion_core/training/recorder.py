@@ -40,11 +40,20 @@ class FileRecorder:
         self._last_step = json.loads(self._lines[-1])["images_seen"] if self._lines else -1
 
     def log(self, images_seen: int, metrics: Mapping[str, float]) -> None:
+        if self.note(images_seen, metrics):
+            self.write()
+
+    def note(self, images_seen: int, metrics: Mapping[str, float]) -> bool:
+        """Take figures without writing them yet; False for a step that was passed already."""
         if images_seen <= self._last_step:
-            return
+            return False
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         self._lines.append(json.dumps({"images_seen": images_seen, "time": round(time.time(), 3), **finite}))
         self._last_step = images_seen
+        return True
+
+    def write(self) -> None:
+        """Keep all that was taken."""
         self._directory.write(layout.METRICS, ("\n".join(self._lines) + "\n").encode())
 
     def image(self, name: str, png: bytes) -> None:

@@ -79,7 +79,7 @@ def check_second_time(tmp_path, store, spec, result):
     assert status == 0, output
     again = json.loads((tmp_path / "second" / "result.json").read_text())
     assert again["reused"] is True and seconds < 10
-    same = {"seconds": 0, "reused": 0, "account": None}
+    same = {"seconds": 0, "reused": 0, "job": "", "account": None}
     assert {**again, **same} == {**result, **same} and again["account"]["images"] == 0
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
+
+import numpy as np
 import pytest
+from PIL import Image
 
 from diffusion_core.config import UserError
 from diffusion_core.jobs.record import mlflow_run_of, open_recorder, record_afterwards, recorded_mlflow_run
-from diffusion_core.tracking import connection, runs
+from diffusion_core.tracking import FlowRun, connection, runs
 from diffusion_core.training import open_run, train
+from diffusion_core.training.curve import loss_curve
 from tests.tiny_bundle import tiny_bundle
 from tests.toy_training import losses, toy_dataset, toy_spec
 
@@ -43,6 +48,27 @@ def test_an_attempt_with_mlflow_records_the_figures_of_those_before_it(trained):
     history = connection.client(store).get_metric_history(recorder.mlflow_run_id, "loss")
     assert {metric.step: metric.value for metric in history} == losses(run)
     assert recorded_mlflow_run(run) == recorder.mlflow_run_id
+
+
+def test_what_mlflow_is_told_is_kept_with_the_run_too_and_names_who_asked(store):
+    spec = toy_spec(toy_dataset(store), images=200, checkpoint_every_images=100)
+    run = open_run(store, spec)
+    asked_by = [FlowRun(id="1", name="red-ant", deployment="train-model/train-model"), FlowRun(id="2")]
+    for flow_run, images in zip(asked_by, (200, 300), strict=True):
+        longer = toy_spec(toy_dataset(store), images=images, checkpoint_every_images=100)
+        train(longer, run, recorder=open_recorder(store, run, longer, "toys", flow_run))
+    recorded = connection.client(store).get_run(recorded_mlflow_run(run))
+    history = connection.client(store).get_metric_history(recorded.info.run_id, "loss")
+    assert {metric.step: metric.value for metric in history} == losses(run) and max(losses(run)) == 300
+    told = {key: value for key, value in recorded.data.tags.items() if key.startswith("prefect.")}
+    assert told == {
+        "prefect.flow_run_id": "2",
+        "prefect.flow_run_ids": "1 2",
+        "prefect.flow_run_name": "",
+        "prefect.deployment": "",
+    }
+    png = Image.open(io.BytesIO(loss_curve(run.directory)))
+    assert png.size == (720, 300) and np.asarray(png.convert("L")).min() < 100
 
 
 def test_what_was_trained_without_mlflow_after_a_record_was_made_is_added_to_it(trained):

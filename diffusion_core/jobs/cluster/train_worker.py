@@ -19,6 +19,7 @@ from diffusion_core.jobs.account import Usage, measured
 from diffusion_core.jobs.record import open_recorder
 from diffusion_core.store import Directory, layout
 from diffusion_core.store.patience import patience
+from diffusion_core.tracking import FlowRun
 from diffusion_core.traffic import Traffic
 from diffusion_core.training.run import INTERRUPTED, RunDirectory, TrainSpec
 
@@ -69,7 +70,8 @@ def work(order: dict[str, Any]) -> dict[str, Any] | None:
     """Train as one of Ray Train's workers.
 
     Args:
-        order: store, run_uri, spec (a dumped TrainSpec), attempt, experiment, start (bundle URI or None).
+        order: store, run_uri, spec (a dumped TrainSpec), attempt, experiment, start (bundle URI or None), asked_by
+            (a dumped FlowRun or None).
 
     Returns:
         The dumped TrainOutcome; None if a user error is recorded.
@@ -90,7 +92,9 @@ def work(order: dict[str, Any]) -> dict[str, Any] | None:
     try:
         for name, value in _MLFLOW.items():
             os.environ.setdefault(name, value)
-        recorder = open_recorder(order["store"], run, spec, order["experiment"]) if world.leads else None
+        if world.leads:
+            asked_by = order["asked_by"] and FlowRun.model_validate(order["asked_by"])
+            recorder = open_recorder(order["store"], run, spec, order["experiment"], asked_by)
         should_stop = watch.should_stop if watch else lambda: None
         outcome, usage = measured(lambda: train(spec, run, world, recorder, watch, should_stop, order["start"]))
         told = {"cpu_seconds": usage.cpu_seconds, **usage.traffic._asdict()}

@@ -70,8 +70,13 @@ def _register(request: RegisterRequest) -> tuple[int, bool]:
         guidance_scale=1.0 if evaluation.guidance.models else evaluation.guidance.scale,  # it is served without them
         batch_size=evaluation.batch_size,
     )
-    mlflow_run_id = request.mlflow_run_id or mlflow_run_of(request.store, request.bundle_uri, request.model)
-    version, created = register_version(request.store, request.model, request.bundle_uri, mlflow_run_id, defaults)
+    mlflow_run_id = request.mlflow_run_id or mlflow_run_of(
+        request.store, request.bundle_uri, request.model, request.asked_by
+    )
+    asked = request.asked_by.tags() if request.asked_by else {}
+    version, created = register_version(
+        request.store, request.model, request.bundle_uri, mlflow_run_id, defaults, asked
+    )
     set_alias(request.store, request.model, CANDIDATE, version)
     return version, created
 

@@ -74,6 +74,7 @@ def _train(request: TrainRequest, place: RunDirectory, start: str | None, lease:
         "attempt": lease.number,
         "experiment": request.experiment,
         "start": start,
+        "asked_by": request.asked_by and request.asked_by.model_dump(),
     }
     try:
         with ray_session(), Progress("train", request.spec.training.target_images, initial=None) as progress:
