@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal, TypeVar, cast
 from uuid import UUID, uuid4
@@ -26,10 +26,12 @@ from pydantic import Field, ValidationError
 
 from diffusion_core.config import UserError
 from diffusion_core.jobs.request import Result
+from diffusion_core.stages.evaluate import amount
 from diffusion_core.tracking import approval
 from diffusion_core.tracking.approval import Answer, Question
 from flows import artifacts
 from flows.display import current_display
+from flows.results import columns, markdown
 
 ResultT = TypeVar("ResultT", bound=Result)
 
@@ -138,29 +140,19 @@ def _description(question: Question) -> str:
     return f"Shall {question.reference} become the champion{against}? {question.reason}"
 
 
-def _amount(figures: Mapping[str, float], name: str) -> str:
-    """A figure with its standard error, as far as there are any."""
-    error = figures.get(f"{name}_error")
-    return f"{figures[name]:.4g}" + (f" ± {error:.2g}" if error else "") if name in figures else "–"
-
-
 def _report(question: Question, store: str, command: str) -> str:
     """The figures beside champion and floor, both sample sheets, and how to answer."""
+    version = f"version {question.version}"
     champion = f"champion (version {question.champion})" if question.champion else "champion (none)"
-    columns = [question.figures.get(name, {}) for name in ("candidate", "champion", "floor")]
+    titles = {version: "candidate", champion: "champion", "held-out real images (floor)": "floor"}
+    figures = {title: question.figures.get(name, {}) for title, name in titles.items()}
     rows = [
-        f"| {name} | {' | '.join(_amount(column, name) for column in columns)} |"
-        for name in columns[0]
+        {"figure": name, **{title: amount(of, name) if name in of else "–" for title, of in figures.items()}}
+        for name in figures[version]
         if not name.endswith("_error")
     ]
-    table = [
-        f"| figure | version {question.version} | {champion} | held-out real images (floor) |",
-        "|---|---|---|---|",
-    ]
-    sheets = [
-        f"### {title}\n\n{artifacts.samples_of(question.model, version, store)}"
-        for title, version in ((f"Version {question.version}", question.version), (champion, question.champion))
-        if version is not None
-    ]
+    sheets = {version: artifacts.samples_of(question.model, question.version, store)}
+    if question.champion is not None:
+        sheets[champion] = artifacts.samples_of(question.model, question.champion, store)
     answer = f"Answer with *Resume* at the top of the run's page, or with\n\n    {command}\n\n(or `--refuse`)."
-    return "\n\n".join([f"## {_description(question)}", "\n".join([*table, *rows]), answer, *sheets])
+    return markdown(_description(question), columns(rows), answer, columns([sheets]))

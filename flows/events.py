@@ -40,15 +40,15 @@ def _tell(event: Event, store: Directory) -> None:
     if told and store.exists(told):
         return
     resource = {"prefect.resource.id": event.resource, "prefect.resource.name": event.thing}
-    emit_event(event.name, resource=resource, payload=_clean({**event.payload, "store": store.uri}))
+    emit_event(event.name, resource=resource, payload=clean({**event.payload, "store": store.uri}))
     if told:
         store.create_json(told, {"event": event.name, "resource": event.resource, "once": event.once})
 
 
-def _clean(value: Any) -> Any:
-    """Plain values without credentials in any URI."""
+def clean(value: Any) -> Any:
+    """Plain values, without credentials in any URI."""
     if isinstance(value, Mapping):
-        return {name: _clean(item) for name, item in value.items()}
+        return {name: clean(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_clean(item) for item in value]
+        return [clean(item) for item in value]
     return without_secrets(value) if isinstance(value, str) else value

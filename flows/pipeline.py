@@ -32,7 +32,7 @@ def run_pipeline(config: PipelineConfig, asked: str | None = None) -> PipelineRe
             request = request.for_new_images(asked)
         done[step.field] = run_stage(step.stage, request, config.backend)
     result = PipelineResult(name=config.name, store=config.store, **done)
-    result = result.model_copy(update={"news": last_run.news(result)})
+    result = result.model_copy(update={"news": last_run.news(result), "changes": last_run.changes(result, config)})
     get_run_logger().info(result.news)
-    artifacts.of_pipeline(result)
+    artifacts.of_pipeline(result, config)
     return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusion_core.stages.base import Rows
@@ -16,11 +16,27 @@ def aligned(rows: Rows) -> str:
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
 
 
-def markdown(title: str, text: str, rows: Rows, picture: str | None = None) -> str:
-    """A report: text, rows as a table, and a picture that is Markdown already."""
+def markdown(title: str, *parts: str | None) -> str:
+    """A report of parts that are Markdown already; those that are empty are left out."""
+    return "\n\n".join(part for part in (f"## {title}", *parts) if part)
+
+
+def section(title: str, content: str | None) -> str:
+    """A part of a report with its heading; nothing without content."""
+    return f"### {title}\n\n{content}" if content else ""
+
+
+def table(rows: Rows) -> str:
+    """Rows as a table in Markdown; nothing without rows."""
     lines = [f"| {name} | {_cell(value)} |" for name, value in rows]
-    table = "\n".join(["| | |", "|---|---|", *lines])
-    return "\n\n".join(part for part in (f"## {title}", text, table, picture) if part)
+    return "\n".join(["| | |", "|---|---|", *lines]) if lines else ""
+
+
+def columns(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows as a table in Markdown whose columns have names; what a row does not have is an empty cell."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names, ["---"] * len(names), *([_cell(row.get(name, "")) for name in names] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells) if rows else ""
 
 
 def _cell(value: str) -> str:

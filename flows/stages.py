@@ -37,7 +37,7 @@ def not_the_users_mistake(_task: Any, _run: Any, state: Any) -> bool:
 def _work(stage: str, request: Request, backend: BackendConfig) -> Result | State[Any]:
     asked = STAGES[stage].load()
     try:
-        result = artifacts.publish(asked, follow_job(asked, request, backend))
+        result = artifacts.publish(asked, request, follow_job(asked, request, backend), backend)
     except Exception as error:
         events.tell([failed(stage, error, task_run.run_count)], request.store)
         if isinstance(error, UserError):

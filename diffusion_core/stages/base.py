@@ -46,6 +46,10 @@ class Stage(Generic[RequestT, ResultT]):
     """Rows of plain values that Prefect shows instead of the report."""
     picture: Callable[[ResultT], str] | None = None
     """URI of a PNG for the report."""
+    plot: Callable[[ResultT], bytes | None] | None = None
+    """A PNG that is drawn for the report, if there is something to draw."""
+    mlflow: Callable[[ResultT], str | None] | None = None
+    """What MLflow holds of it, as `runs:/<id>` or `models:/<name>/<version>`."""
     events: Callable[[RequestT, ResultT], list[Event]] | None = None
     """What it tells of itself, the same whether it did the work or found it done."""
     question: Callable[[ResultT], Question | None] | None = None

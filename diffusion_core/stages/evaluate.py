@@ -101,12 +101,12 @@ def figure_rows(result: EvaluateResult) -> Rows:
     lines = []
     for name in result.figures:
         if not name.endswith("_error"):  # of the figure before it, and shown with it
-            floor = f" (held-out real images: {_amount(result.floor, name)})" if name in result.floor else ""
-            lines.append(f"{name} {_amount(result.figures, name)}{floor}")
+            floor = f" (held-out real images: {amount(result.floor, name)})" if name in result.floor else ""
+            lines.append(f"{name} {amount(result.figures, name)}{floor}")
     return [("" if number else "evaluation", line) for number, line in enumerate(lines or ["no figures"])]
 
 
-def _amount(figures: Mapping[str, float], name: str) -> str:
+def amount(figures: Mapping[str, float], name: str) -> str:
     """A figure, with its standard error if it has one, which then decides how many digits mean anything."""
     value, error = figures[name], figures.get(f"{name}_error")
     if not error:

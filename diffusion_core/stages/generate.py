@@ -207,4 +207,5 @@ STAGE = Stage(
     rows=rows,
     events=events,
     picture=lambda result: result.contact_sheet,
+    mlflow=lambda result: None if result.model_version.startswith("bundle/") else f"models:/{result.model_version}",
 )

@@ -74,6 +74,7 @@ class PipelineResult(Config):
     version: RegisterResult
     images: GenerateResult
     news: str = Field("", description="One sentence: what was done, or since when nothing has changed.")
+    changes: dict[str, str] = Field({}, description="What differs from the last run of this name.")
 
     @property
     def stages(self) -> dict[str, Result]:

@@ -148,4 +148,5 @@ STAGE = Stage(
     rows=rows,
     events=events,
     question=lambda result: result.question,
+    mlflow=lambda result: result.reference,
 )

@@ -128,6 +128,14 @@ def rows(result: TrainResult) -> Rows:
     ]
 
 
+def plot(result: TrainResult) -> bytes | None:
+    """The loss curve."""
+    from diffusion_core.store import Directory
+    from diffusion_core.training.curve import loss_curve
+
+    return loss_curve(Directory(result.run_uri))
+
+
 def events(request: TrainRequest, result: TrainResult) -> list[Event]:
     payload = {"dataset_uri": request.spec.dataset_uri, **result.model_dump(exclude={"reused"})}
     return [Event("diffusion.run.completed", result.run_id, payload, once=str(result.images_seen))]
@@ -145,4 +153,6 @@ STAGE = Stage(
     rows=rows,
     events=events,
     picture=lambda result: f"{result.bundle_uri}/samples.png",
+    plot=plot,
+    mlflow=lambda result: f"runs:/{result.mlflow_run_id}",
 )

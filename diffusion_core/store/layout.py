@@ -71,9 +71,18 @@ def lease(stage: str, work: str) -> str:
     return f"{LEASES}/{stage}/{work}"
 
 
+def outcomes(pipeline: str) -> str:
+    return f"{OUTCOMES}/{pipeline}"
+
+
 def outcome(pipeline: str, digest: str) -> str:
     """When a pipeline came to an outcome for the first time."""
     return f"{OUTCOMES}/{pipeline}/{digest}.json"
+
+
+def last_run(pipeline: str) -> str:
+    """What the last run of a pipeline had and came to."""
+    return f"{OUTCOMES}/{pipeline}/last.json"
 
 
 def asked(who: str) -> str:

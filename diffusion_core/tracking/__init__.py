@@ -7,6 +7,7 @@ Without MLFLOW_TRACKING_URI the record is a SQLite file in a local store, `<stor
 from diffusion_core.tracking.connection import tracking_uri, without_secrets
 from diffusion_core.tracking.flow_run import FlowRun
 from diffusion_core.tracking.models import ResolvedModel, check_alias, list_models, resolve_model
+from diffusion_core.tracking.pages import page
 from diffusion_core.tracking.registry import (
     CANDIDATE,
     CHAMPION,
@@ -36,6 +37,7 @@ __all__ = [
     "check_alias",
     "end_run",
     "list_models",
+    "page",
     "promote",
     "record_figures",
     "register_version",

@@ -17,6 +17,7 @@ def loss_curve(run: Directory) -> bytes | None:
         return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(7.2, 3), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
@@ -25,6 +26,9 @@ def loss_curve(run: Directory) -> bytes | None:
     losses = sorted(loss for _, loss in points)
     if losses[0] > 0 and losses[-1] > 4 * losses[len(losses) // 2]:  # what came after the first steps would be flat
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("images seen")
     axes.set_ylabel("training loss")
     axes.xaxis.set_major_formatter("{x:,.0f}")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from diffusion_core.config import UserError
 from diffusion_core.store import Directory, layout
 from diffusion_core.tracking import tracking_uri, without_secrets
+from diffusion_core.tracking.pages import UI as MLFLOW_UI
 from flows.stack import ray_head, services
 from flows.stack.pool import POOL
 from flows.stack.services import HOST, port_of
@@ -144,8 +145,8 @@ def _mlflow(store: str, port: int) -> Command:
     servers = ["--host", HOST, "--port", str(port), "--workers", "1"]
     storage = ["--backend-store-uri", f"sqlite:///{database}", "--default-artifact-root", root, "--no-serve-artifacts"]
     words = [sys.executable, "-m", "mlflow", "server", *servers, *storage]
-    # Of a local store everyone opens the database itself, with or without the server.
-    offers = {} if place.is_local else {"MLFLOW_TRACKING_URI": f"http://{HOST}:{port}"}
+    # Of a local store everyone opens the database itself, with or without the server, which then only shows it.
+    offers = {MLFLOW_UI if place.is_local else "MLFLOW_TRACKING_URI": f"http://{HOST}:{port}"}
     return Command("mlflow", words, QUIET, port, offers)
 
 

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from diffusion_core.config import UserError
 from diffusion_core.stages.settings import load_config
 from diffusion_core.store import Directory
 from diffusion_core.store.layout import CHECKPOINT
+from flows.artifacts import MAX_PICTURE_BYTES
 from tests.tiny_pipeline import COUNT, SETTINGS
 
 
@@ -49,9 +51,31 @@ def test_prefect_shows_it(first: Any) -> None:
     sheet = artifacts["image-set"].partition("data:image/png;base64,")[2].partition(")")[0]
     with Image.open(io.BytesIO(base64.b64decode(sheet))) as picture:
         assert picture.size[0] > 8
+    report, _, rest = artifacts["pipeline"].partition("### Training loss")
+    pictures = re.findall(r"data:image/png;base64,([^)]+)", artifacts["pipeline"])
+    assert len(pictures) == 3 and all(len(picture) < MAX_PICTURE_BYTES for picture in pictures)
+    assert "### Generated images" in report and "version 1, champion" in report and "What changed" not in report
+    for stage, result in first.stages.items():
+        assert f"| {stage} |" in rest and f"{result.job}/log.txt" in rest
+    assert f"runs:/{first.run.mlflow_run_id}" in rest and "models:/digits/1" in rest
     figures = json.loads(artifacts["evaluation"])
     assert {row["figure"] for row in figures} == set(first.evaluation.figures)
     assert any(row["held-out real images (floor)"] is not None for row in figures)
+
+
+def test_mlflow_names_the_flow_run_and_keeps_no_figure_for_itself(first: Any, store: str) -> None:
+    from prefect.client.orchestration import get_client
+
+    from diffusion_core.tracking import connection, resolve_model
+
+    with get_client(sync_client=True) as client:
+        names = {str(run.id): run.name for run in client.read_flow_runs()}
+    recorded = connection.client(store).get_run(first.run.mlflow_run_id)
+    for tags in (recorded.data.tags, resolve_model("models:/digits/1", store).tags):
+        assert tags["prefect.flow_run_name"] == names[tags["prefect.flow_run_id"]]
+        assert tags["prefect.flow_run_url"].endswith(f"/runs/flow-run/{tags['prefect.flow_run_id']}")
+    kept = Directory(first.run.run_uri).read("metrics.jsonl").decode().splitlines()
+    assert json.loads(kept[-1])["loss"] == recorded.data.metrics["loss"] == first.run.loss
 
 
 @pytest.mark.timeout(300)
@@ -66,6 +90,7 @@ def test_again_finds_everything_done(first: Any, store: str, capsys: pytest.Capt
         for field, value in result.model_dump(mode="json").items():
             if field not in ("seconds", "reused", "reason", "figures", "images_per_second", "job", "account"):
                 assert again[stage][field] == value, (stage, field)
+    assert again["news"].startswith("Nothing changed since ") and again["changes"] == {}
     assert again["evaluation"]["figures"] == first.evaluation.figures
     assert again["images"]["uri"] == first.images.uri and again["images"]["generated"] == 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -65,6 +66,11 @@ def test_runs_and_models_live_on_a_server(server, store, tmp_path, monkeypatch):
     found = tracking.resolve_model("models:/toys@champion", store)
     assert found.bundle_uri == bundle
     os.rename(bundle, tmp_path / "gone")
+    run = urllib.request.urlopen(f"{server}/api/2.0/mlflow/experiments/get-by-name?experiment_name=toys").read()
+    experiment = json.loads(run)["experiment"]["experiment_id"]
+    page = f"{server}/#/experiments/{experiment}/runs/{first.mlflow_run_id}"
+    assert tracking.page(f"runs:/{first.mlflow_run_id}", store) == page
+    assert tracking.page("runs:/gone", store) is None
     copy = tracking.resolve_model("models:/toys@champion", store)
     assert copy.bundle_uri == f"{store}/bundles/{found.digest}" and copy.digest == found.digest
     assert not Path(store, "mlflow.db").exists()

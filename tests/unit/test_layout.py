@@ -24,6 +24,7 @@ PATHS = {
     layout.gate("digits"): "gates/digits",
     layout.lease("train", "0a1b"): "leases/train/0a1b",
     layout.outcome("digits", "0a1b"): "outcomes/digits/0a1b.json",
+    layout.last_run("digits"): "outcomes/digits/last.json",
     layout.asked("0a1b"): "asked/0a1b.json",
     layout.watched("digits"): "watched/digits.json",
     layout.event("0a1b"): "events/0a1b.json",

@@ -9,7 +9,8 @@ from typing import Any
 
 from diffusion_core.config import digest
 from diffusion_core.progress import ProgressEvent
-from diffusion_core.stages.evaluate import EvaluateResult, figure_rows, table
+from diffusion_core.stages import evaluate
+from diffusion_core.stages.evaluate import EvaluateResult, figure_rows
 from diffusion_core.stages.generate import GenerateResult
 from diffusion_core.stages.pipeline import STEPS, PipelineResult, rows
 from diffusion_core.stages.register import RegisterResult
@@ -17,7 +18,7 @@ from diffusion_core.stages.shard import ShardResult
 from diffusion_core.stages.train import TrainResult
 from flows import last_run
 from flows.display import Lines, Pace, current_display, shown
-from flows.results import aligned, markdown
+from flows.results import aligned, columns, markdown, section, table
 
 RESULT = PipelineResult(
     name="digits",
@@ -75,8 +76,11 @@ def test_the_table_at_the_end_has_everything():
         "shard 3 (found done), train 61, evaluate 9, register 2, generate 8",
     ):
         assert part in text
-    assert "| model version | models:/digits/3" in markdown("Pipeline", "", rows(RESULT))
-    assert table(RESULT.evaluation)[1]["held-out real images (floor)"] is None
+    report = markdown("Pipeline", table(rows(RESULT)), section("Loss", None))
+    assert report.startswith("## Pipeline\n\n| | |\n") and "Loss" not in report
+    assert "| model version | models:/digits/3" in report
+    assert evaluate.table(RESULT.evaluation)[1]["held-out real images (floor)"] is None
+    assert columns([{"a": "1"}, {"b": "x|y"}]) == "| a | b |\n| --- | --- |\n| 1 |  |\n|  | x\\|y |"
 
 
 def test_an_error_stands_beside_its_figure():
