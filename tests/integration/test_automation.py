@@ -191,7 +191,7 @@ def test_an_answer_from_the_ui_from_a_shell_and_none_also_across_a_restart(
     with ThreadPoolExecutor(3) as pool:
         # A thread has a context of its own, and which server is meant stands in the context.
         futures = [
-            pool.submit(copy_context().run, asks, registry, version, 600 if version < 3 else 25)
+            pool.submit(copy_context().run, asks, registry, version, 150 if version < 3 else 25)
             for version in (1, 2, 3)
         ]
         paused = {"flow_runs": {"state": {"type": {"any_": ["PAUSED"]}}}}
