@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from diffusion_core.config import UserError
+from diffusion_core.jobs.backend import BackendConfig
 from diffusion_core.stages.settings import load_config
 from diffusion_core.store import Directory
 from diffusion_core.store.layout import CHECKPOINT
@@ -176,7 +177,7 @@ def test_a_users_mistake_is_not_tried_again(prefect_server: None, store: str, tm
     with pytest.raises(UserError, match="reject") as mistake:
         FLOWS["shard"](ShardRequest.of(config), config.backend)
     run, errors = _told_of_the_last_run()
-    assert run.name and run.state.is_failed() and run.state.message == str(mistake.value)
+    assert run.state.is_failed() and run.state.message == str(mistake.value)
     assert errors == [f"Finished in state Failed({str(mistake.value)!r})"]  # of the task
     jobs = Directory(store) / "jobs"
     requests = [(jobs / name).read_json("request.json") for name in jobs.children() if name.startswith("shard-")]
@@ -215,8 +216,24 @@ def test_a_form_of_every_field_says_which_is_wrong(prefect_server: None, store: 
     assert errors == [run.state.message] == [str(mistake.value)]
 
 
-def _told_of_the_last_run() -> tuple[Any, list[str]]:
-    """The flow run that began last, and what its log has of errors; no line of it has a traceback."""
+def test_a_fault_keeps_one_traceback(prefect_server: None, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusion_core.jobs.transport import JobFailed
+    from diffusion_core.stages.shard import ShardRequest
+    from flows import stages
+
+    def broken(*_: Any) -> None:
+        raise JobFailed("The job broke.")
+
+    monkeypatch.setattr(stages, "follow_job", broken)
+    request = ShardRequest.of(load_config("digits", shortcuts={"store": store}))
+    with pytest.raises(JobFailed):
+        stages.FLOWS["shard"](request, BackendConfig(retries=1, retry_delay_s=0))
+    run, errors = _told_of_the_last_run(tracebacks=1)
+    assert run.state.is_failed() and any("in broken" in error for error in errors)
+
+
+def _told_of_the_last_run(tracebacks: int = 0) -> tuple[Any, list[str]]:
+    """The flow run that began last, and what its log has of errors, with so many tracebacks."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import LogFilter
     from prefect.client.schemas.sorting import FlowRunSort, LogSort
@@ -229,7 +246,7 @@ def _told_of_the_last_run() -> tuple[Any, list[str]]:
             assert time.monotonic() < deadline, [line.message for line in log]
             time.sleep(0.2)  # a thread of the flow's process sends them
             log = client.read_logs(wanted, sort=LogSort.TIMESTAMP_ASC)
-    assert not [line.message for line in log if "Traceback" in line.message]
+    assert sum("Traceback" in line.message for line in log) == tracebacks
     return run, [line.message for line in log if line.level >= 40]
 
 
