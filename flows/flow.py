@@ -26,12 +26,12 @@ def diffusion_flow(name: str, **options: Any) -> Callable[[Callable[..., Any]], 
     """Decorator, like Prefect's: makes a flow of a function. Calling it raises what the function raises."""
 
     def made(run: Callable[..., Any]) -> Flow[..., Any]:
-        signature, validated = inspect.signature(run), validate_call(wraps(run)(lambda **given: given))
+        validated = _validator(run)
 
         @wraps(run)
         def flow(*args: Any, **kwargs: Any) -> Any:
             try:
-                return run(**_arguments(validated, signature.bind(*args, **kwargs).arguments))
+                return run(**validated(*args, **kwargs))
             except UserError as error:
                 if _is_news(error):
                     get_run_logger().error("%s", error)
@@ -49,11 +49,24 @@ def task_failed(error: UserError) -> State[Any]:
     return Failed(message=str(error), data=error)
 
 
-def _arguments(validated: Callable[..., dict[str, Any]], given: dict[str, Any]) -> dict[str, Any]:
-    try:
-        return validated(**given)
-    except ValidationError as error:
-        raise UserError(explain(error)) from None
+def _validator(run: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+    """What a function would be called with, by name and of its types; `UserError` about the first that is wrong."""
+    signature = inspect.signature(run, eval_str=True)
+
+    def given(**arguments: Any) -> dict[str, Any]:
+        return arguments
+
+    given.__signature__ = signature  # type: ignore[attr-defined]
+    given.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+    checked = validate_call(given)
+
+    def validated(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        try:
+            return checked(**signature.bind(*args, **kwargs).arguments)
+        except ValidationError as error:
+            raise UserError(explain(error)) from None
+
+    return validated
 
 
 def _is_news(error: BaseException) -> bool:

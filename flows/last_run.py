@@ -33,6 +33,8 @@ class LastRun(BaseModel):
     """Name and version."""
     evaluation: str
     model: str
+    run: str | None = None
+    """Its key in the store: this note is about it."""
     loss: float | None = None
     config: dict[str, Any] | None = None
     """None of a run of before it was noted."""
@@ -73,6 +75,7 @@ def _of(result: PipelineResult, config: PipelineConfig) -> LastRun:
         dataset=_dataset(result.dataset.uri),
         evaluation=_evaluation(result.evaluation.uri),
         model=result.version.reference,
+        run=layout.run(result.run.run_id),
         loss=result.run.loss,
         config=clean(config.model_dump(mode="json")),
     )
