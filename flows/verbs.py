@@ -62,9 +62,13 @@ def _of_stage(entry: Entry) -> _Lazy:
         def run(as_json: bool, **given: Any) -> None:
             options, config = _understood(stage.options, given)
             request, backend = options.request(config), config.backend
-            from flows.runner import run_flow
+            if stage.is_job:
+                from flows.runner import run_flow
 
-            result = run_flow(stage.name, lambda: stage.check(request, backend), request, backend)
+                result = run_flow(stage.name, lambda: stage.check(request, backend), request, backend)
+            else:
+                stage.check(request, backend)
+                result = stage.run(request)
             if stage.text and not as_json:
                 typer.echo(f"{stage.text(result)}\n")
             _show(result, stage.rows(result), as_json)

@@ -180,10 +180,11 @@ FAILED = "failed.parquet"
 IMAGE_SHARDS = "shards/part-"  # begins the name of each
 SET_MANIFESTS = "manifest-"
 SET_CLOSED = "closed-"
+EXTENSIONS = "extensions/"  # begins the name of each
 
 
 def extension(number: int) -> str:
-    return f"extensions/{number:05d}.json"
+    return f"{EXTENSIONS}{number:05d}.json"
 
 
 def image_shard(number: int) -> str:

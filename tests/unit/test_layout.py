@@ -72,6 +72,7 @@ PATHS = {
     layout.FAILED: "failed.parquet",
     layout.IMAGE_SHARDS: "shards/part-",
     layout.image_shard(7): "shards/part-00007",
+    layout.EXTENSIONS: "extensions/",
     layout.extension(7): "extensions/00007.json",
     layout.set_plan(0): "plan-0.parquet",
     layout.set_index(99): "index-99.parquet",
