@@ -6,6 +6,7 @@ from typing import Any
 
 from prefect import flow, get_run_logger
 
+from diffusion_core.planning import plan
 from diffusion_core.stages import pipeline
 from diffusion_core.stages.config import PipelineConfig
 from diffusion_core.stages.generate import GenerateRequest
@@ -32,7 +33,7 @@ def run_pipeline(config: PipelineConfig, asked: str | None = None) -> PipelineRe
             request = request.for_new_images(asked)
         done[step.field] = run_stage(step.stage, request, config.backend)
     result = PipelineResult(name=config.name, store=config.store, **done)
-    result = result.model_copy(update={"news": last_run.news(result)})
+    result = result.model_copy(update={"news": last_run.news(result), "predicted": plan.predicted(config)})
     get_run_logger().info(result.news)
     artifacts.of_pipeline(result)
     return result

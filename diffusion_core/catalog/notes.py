@@ -33,6 +33,7 @@ def notes(store: Directory, keys: Sequence[str], home: Mapping[str, str]) -> Ite
         layout.EVENTS: lambda name, record: _of_event(record, home),
         layout.OUTCOMES: lambda name, record: _RUNS.findall(json.dumps(record)),
         layout.ASKED: lambda name, record: askers.get(name, ()),
+        layout.PLANS: lambda name, record: (),  # of a time to come: it goes by its age alone
         layout.WATCHED: lambda name, record: _versions(name, keys),
     }
     for folder, things_of in about.items():

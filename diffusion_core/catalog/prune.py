@@ -168,7 +168,7 @@ def _why_it_goes(thing: Thing) -> str:
     if thing.kind is Kind.copy:
         return "nothing needs it; MLflow would be asked for it again"
     if thing.kind is Kind.note:
-        return "what it was about is gone"
+        return "it is about nothing that is there"
     return "nothing needs it" if thing.whole else "never completed, or the rest of a deletion"
 
 

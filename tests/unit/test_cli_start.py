@@ -13,7 +13,7 @@ from diffusion_core.store.patience import StoreUnavailable
 from flows import cli
 
 HEAVY = ("torch", "ray", "prefect", "mlflow", "pandas", "pyarrow", "numpy", "pydantic", "boto3", "sklearn", "scipy")
-VERBS = ["demo", "pipeline", *(entry.verb for entry in STAGES.values()), "config", "stack", "schedule", "list"]
+VERBS = ["demo", "pipeline", "plan", *(entry.verb for entry in STAGES.values()), "config", "stack", "schedule", "list"]
 SHORT_VERBS = ["promote", "rollback", "lineage", "reproduce", "verify"]
 PROGRAM = """
 import json, resource, sys

@@ -27,6 +27,7 @@ PATHS = {
     layout.asked("0a1b"): "asked/0a1b.json",
     layout.watched("digits"): "watched/digits.json",
     layout.event("0a1b"): "events/0a1b.json",
+    layout.plan("0a1b"): "plans/0a1b.json",
     layout.approvals("digits"): "gates/digits/approvals",
     layout.QUESTION: "question.json",
     layout.ANSWER: "answer.json",
@@ -112,7 +113,7 @@ def test_every_path_is_among_them() -> None:
 
 
 FOLDERS = {"datasets", "runs", "images", "evaluations", "comparisons", "bundles", "gates", "leases", "jobs", "stack"}
-FOLDERS |= {"outcomes", "asked", "watched", "events"}
+FOLDERS |= {"outcomes", "asked", "watched", "events", "plans"}
 FILES = {"mlflow.db", "mlartifacts"} | {path for path in PATHS.values() if path.endswith((".json", ".parquet"))}
 
 
