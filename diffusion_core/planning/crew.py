@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from diffusion_core.config import Config, UserError
+from diffusion_core.jobs.request import Resources
 from diffusion_core.planning.outlook import Outlook, State
 from diffusion_core.planning.trial import Measured, Order
 from diffusion_core.stages.config import PipelineConfig
@@ -56,23 +57,31 @@ def measure(config: PipelineConfig, outlook: Outlook, say: Say = lambda text: No
             bundle_uri=outlook.bundle_uri,
             digests=dict(outlook.digests) if "shard" in todo else {},
         )
-        resources = config.resources
-        wanted = {
-            "ray": 1 if todo - {"register"} else 0,
-            "shard": resources.shard.workers if "shard" in todo else 0,
-            "train": resources.train.workers if "train" in todo else 0,
-            "sample": resources.generate.workers if todo & {"evaluate", "generate"} else 0,
-            "figures": 1 if "evaluate" in todo else 0,
-        }
-        for part, workers in wanted.items():
-            if workers:
-                say(f"trying {part} …")
-                trial[part] = _run(part, order, min(workers, os.cpu_count() or 1))
+        for part, resources in _wanted(config, todo).items():
+            say(f"trying {part} …")
+            trial[part] = _run(part, order, resources)
     return trial
 
 
-def _run(part: str, order: Order, workers: int) -> PartResult:
-    """All processes of a part, started together and let go together."""
+def _wanted(config: PipelineConfig, todo: set[str]) -> dict[str, Resources]:
+    """The parts to try, with the workers that would do them."""
+    alone, wanted = Resources(workers=1), config.resources
+    found = {"ray": alone} if todo - {"register"} else {}
+    if "shard" in todo:
+        found["shard"] = wanted.shard
+    if "train" in todo:
+        found["train"] = wanted.train
+    if todo & {"evaluate", "generate"}:
+        found["sample"] = wanted.generate
+    if "evaluate" in todo:
+        found["figures"] = alone
+    return found
+
+
+def _run(part: str, order: Order, resources: Resources) -> PartResult:
+    """All processes of a part, started together and let go together; no more than this machine has room for."""
+    gpus = _gpus() if resources.gpus_per_worker else 0
+    workers = min(resources.workers, gpus or os.cpu_count() or 1)
     path = Path(order.folder) / f"{part}.json"
     processes = []
     port = _free_port()
@@ -80,7 +89,7 @@ def _run(part: str, order: Order, workers: int) -> PartResult:
         for rank in range(workers):
             own = path.with_suffix(f".{rank}.json")
             own.write_text(order.model_copy(update={"rank": rank, "began": time.time()}).model_dump_json())
-            processes.append(_start(part, own, rank, workers, port))
+            processes.append(_start(part, own, rank, workers, port, gpus))
         for process in processes:
             _expect_ready(part, process)
         for process in processes:
@@ -96,8 +105,9 @@ def _run(part: str, order: Order, workers: int) -> PartResult:
     return _together(part, found)
 
 
-def _start(part: str, order: Path, rank: int, workers: int, port: int) -> subprocess.Popen[str]:
+def _start(part: str, order: Path, rank: int, workers: int, port: int, gpus: int) -> subprocess.Popen[str]:
     world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": workers, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}  # as Ray hides them from a worker that reserves none
     with order.with_suffix(".log").open("w") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "diffusion_core.planning.trial", part, str(order)],
@@ -105,7 +115,7 @@ def _start(part: str, order: Path, rank: int, workers: int, port: int) -> subpro
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env={**os.environ, **{name: str(value) for name, value in world.items()}},
+            env={**os.environ, **{name: str(value) for name, value in world.items()}, **hidden},
         )
 
 
@@ -146,6 +156,12 @@ def _together(part: str, found: list[Measured]) -> PartResult:
         peak_bytes=max(each.peak_bytes for each in found),
         peak_gpu_bytes=max(each.peak_gpu_bytes for each in found),
     )
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _free_port() -> int:

@@ -7,7 +7,7 @@ import math
 from pydantic import Field
 
 from diffusion_core.config import Config
-from diffusion_core.evaluation.config import Extractor
+from diffusion_core.evaluation.config import Extractor, LikelihoodMethod
 from diffusion_core.planning.crew import PartResult, Trial
 from diffusion_core.planning.outlook import Outlook, State
 from diffusion_core.stages.config import PipelineConfig
@@ -15,6 +15,7 @@ from diffusion_core.stages.pipeline import STEPS
 
 FOUND_S = 3.0  # of a job that finds its work done
 RAY_STARTS = 4.0  # Ray's import, start and end, in imports of Ray (measured: 3.5 to 4.5, on two cores and on sixteen)
+EXACT_STEP = 12  # network evaluations of a step of the exact likelihood: four, each with a gradient
 RAY_BYTES = 900 << 20  # of Ray's own processes on a machine and of the job's program
 
 
@@ -114,7 +115,17 @@ class _Estimate:
             looking += self.outlook.rows.get("train", 0)
             if config.extractor is Extractor.classifier or self.outlook.class_names:
                 learning = config.classifier.images / figures["extractor_images_per_second"]
-        return part.ready_s + learning + looking / figures["features_per_second"] + figures["figures_s"]
+        looked = looking / figures["features_per_second"]
+        return part.ready_s + learning + looked + figures["figures_s"] + self._held_out()
+
+    def _held_out(self) -> float:
+        """Seconds of likelihood and inversion, which the program of the job computes alone, by network evaluations."""
+        config, part = self.config.evaluation, self.trial["sample"]
+        likelihood, inversion = config.likelihood, config.inversion
+        each = 1 if likelihood.method is LikelihoodMethod.BOUND else EXACT_STEP * likelihood.probes
+        evaluations = likelihood.images * likelihood.steps * each
+        evaluations += inversion.images * inversion.steps * (1 + inversion.iterations)
+        return evaluations * part.workers / (part.figures["evaluate_images_per_second"] * config.sampler.steps)
 
     def _register(self) -> StagePlan:
         """Its own work is MLflow's; a champion is measured again where the dataset is a new one."""

@@ -11,7 +11,7 @@ from pydantic import Field
 from diffusion_core.config import Config, UserError
 from diffusion_core.jobs.request import Request, Result
 from diffusion_core.stages import options as o
-from diffusion_core.stages.base import Rows, seconds
+from diffusion_core.stages.base import Rows
 from diffusion_core.stages.evaluate import EvaluateRequest, EvaluateResult, figure_rows
 from diffusion_core.stages.generate import GenerateRequest, GenerateResult
 from diffusion_core.stages.register import RegisterRequest, RegisterResult
@@ -166,10 +166,11 @@ def account_rows(result: PipelineResult) -> Rows:
 
 def _account(name: str, result: Result, planned: float | None) -> str:
     """`train 154 s (planned 160), 623 images/s, 0.079 CPU hours, 39.5 MB`, as far as it was counted."""
-    parts = [f"{name} {seconds(result)} s"]
-    if planned is not None and not result.reused:
-        parts[0] += f" (planned {planned:.0f})"
-    if (took := result.account) is None or result.reused:
+    spent = f"{name} {result.seconds:.0f} s"
+    if result.reused:
+        return f"{spent} (found done)"
+    parts = [spent if planned is None else f"{spent} (planned {planned:.0f})"]
+    if (took := result.account) is None:
         return parts[0]
     if took.images:
         parts.append(f"{took.images / took.seconds:,.4g} images/s")

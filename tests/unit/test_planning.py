@@ -79,6 +79,13 @@ def test_gpus_and_more_workers_than_the_trial_had() -> None:
     assert four.seconds == 1 + RAY_S + 4 * 64 / (16 * 2) and four.gpu_hours > one.gpu_hours / 2
 
 
+def test_figures_of_held_out_images_count_as_evaluations_of_the_network() -> None:
+    less = planned("evaluation.sampler.steps=10")["evaluate"].seconds
+    settings = ["evaluation.likelihood.images=64", "evaluation.likelihood.steps=50", "evaluation.inversion.images=32"]
+    more = planned("evaluation.sampler.steps=10", *settings)["evaluate"].seconds
+    assert more - less == pytest.approx((64 * 50 + 32 * 50 * 2) / (32 * 10 / 2))
+
+
 def test_memory_is_judged_by_the_hungriest_stage() -> None:
     small = StagePlan(stage="shard", state=State.runs, seconds=1, memory_bytes=GB)
     large = StagePlan(stage="train", state=State.runs, seconds=1, memory_bytes=9 * GB, gpu_memory_bytes=20 * GB)
