@@ -193,25 +193,35 @@ def sample(order: Order) -> Callable[[], dict[str, float]]:
     classes = len(order.class_names)
 
     def work() -> dict[str, float]:
-        found = {}
+        found: dict[str, float] = {}
         for stage, config in ways.items():
-            steps = min(config.sampler.steps, _TRIED_STEPS)
-            fewer = config.sampler.model_copy(update={"steps": steps})
-            guidance = with_guides_found(config.guidance, order.config.store)
-            tried = config.model_copy(update={"sampler": fewer, "guidance": guidance})
-            generator = Generator(load_bundle(uri, device), tried, device)
-            labels = np.arange(config.batch_size) % classes if classes else None
-            ids = np.arange(config.batch_size, dtype=np.int64)
-            generator.images(ids, labels)  # the first batch warms up
-            began, batches = time.monotonic(), 0
-            while not batches or time.monotonic() - began < ENOUGH_S / 3:
-                generator.images(ids, labels)
-                batches += 1
-            batch_s = (time.monotonic() - began) / batches * config.sampler.steps / steps
-            found[f"{stage}_images_per_second"] = config.batch_size / batch_s
-        return found
+            same = next((other for other in found if _makes_alike(ways[other], config)), None)
+            found[stage] = found[same] if same else speed(config)
+        return {f"{stage}_images_per_second": rate for stage, rate in found.items()}
+
+    def speed(config: GenerationConfig) -> float:
+        steps = min(config.sampler.steps, _TRIED_STEPS)
+        fewer = config.sampler.model_copy(update={"steps": steps})
+        guidance = with_guides_found(config.guidance, order.config.store)
+        tried = config.model_copy(update={"sampler": fewer, "guidance": guidance})
+        generator = Generator(load_bundle(uri, device), tried, device)
+        labels = np.arange(config.batch_size) % classes if classes else None
+        ids = np.arange(config.batch_size, dtype=np.int64)
+        generator.images(ids, labels)  # the first batch warms up
+        began, batches = time.monotonic(), 0
+        while batches < 2 or time.monotonic() - began < ENOUGH_S / 2:
+            generator.images(ids, labels)
+            batches += 1
+        batch_s = (time.monotonic() - began) / batches * config.sampler.steps / steps
+        return config.batch_size / batch_s
 
     return work
+
+
+def _makes_alike(one: Any, other: Any) -> bool:
+    """Whether two generations cost the same for each image."""
+    fields = ("sampler", "guidance", "batch_size", "precision", "threads")
+    return all(getattr(one, name) == getattr(other, name) for name in fields)
 
 
 def _own_bundle(order: Order) -> str:
