@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from diffusion_core.config import Config, UserError
+from diffusion_core.jobs.local import die_with_parent
 from diffusion_core.jobs.request import Resources
 from diffusion_core.planning.outlook import Outlook, State
 from diffusion_core.planning.trial import Measured, Order
@@ -115,6 +116,7 @@ def _start(part: str, order: Path, rank: int, workers: int, port: int, gpus: int
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
+            preexec_fn=die_with_parent,
             env={**os.environ, **{name: str(value) for name, value in world.items()}, **hidden},
         )
 

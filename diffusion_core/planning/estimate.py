@@ -14,7 +14,7 @@ from diffusion_core.stages.config import PipelineConfig
 from diffusion_core.stages.pipeline import STEPS
 
 FOUND_S = 3.0  # of a job that finds its work done
-RAY_STARTS = 4.0  # Ray's import, start and end, in imports of Ray (measured: 3.5 to 4.5, on two cores and on sixteen)
+RAY_STARTS = 4.0  # Ray's import, start and end, in imports of Ray (measured on two busy cores: 4.1)
 EXACT_STEP = 12  # network evaluations of a step of the exact likelihood: four, each with a gradient
 RAY_BYTES = 900 << 20  # of Ray's own processes on a machine and of the job's program
 
