@@ -21,7 +21,7 @@ ModelName = Annotated[str, typer.Argument(help="Name of the registered model.")]
 
 def add_to(app: typer.Typer) -> None:
     """Give the command its verbs."""
-    for verb in (promote, rollback, lineage, reproduce, verify, prune):
+    for verb in (promote, rollback, lineage, reproduce, verify):
         app.command()(verb)
     app.command(name="list")(list_kind)
 
@@ -107,37 +107,6 @@ def verify(reference: Reference, store: o.Store = None, as_json: o.Json = False)
         typer.echo("\n".join([what, *(problems or ["as recorded"])]))
     if problems:
         raise typer.Exit(1)
-
-
-def prune(
-    older_than: Annotated[
-        str, typer.Option("--older-than", help="Age from which things may go, as 30d or 24h.")
-    ] = "7d",
-    unused: Annotated[
-        bool, typer.Option("--unused", help="Also runs, datasets and figures that nothing needs, not only job files.")
-    ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would go.")] = False,
-    store: o.Store = None,
-    as_json: o.Json = False,
-) -> None:
-    """Say what the store could do without, and delete it with --yes."""
-    from dataclasses import asdict
-
-    from diffusion_core.catalog import prune as pruning
-    from diffusion_core.stages.settings import seconds
-
-    place, retention = _place(store), pruning.Retention(seconds(older_than, "--older-than"), unused)
-    rows = pruning.plan(place, retention)
-    found = pruning.apply(place, rows, retention) if yes else [row for row in rows if row.goes]
-    going, kept = [row for row in found if row.goes], [row for row in [*found, *rows] if not row.goes]
-    if as_json:
-        told = {"candidates": going, "kept": kept}
-        print_json({"deleted": yes, **{name: [asdict(row) for row in some] for name, some in told.items()}})
-        return
-    for row in going:
-        typer.echo(f"{row.bytes / 1e6:10.1f} MB  {row.kind} {row.uri}  ({row.why})")
-    total = sum(row.bytes for row in going) / 1e6
-    typer.echo(f"{total:10.1f} MB  {'deleted' if yes else 'could go; add --yes to delete'}; {len(kept)} things stay")
 
 
 def list_kind(

@@ -6,6 +6,7 @@ from typing import Any
 
 from prefect import get_run_logger
 
+from diffusion_core.planning import plan
 from diffusion_core.stages import pipeline
 from diffusion_core.stages.config import PipelineConfig
 from diffusion_core.stages.generate import GenerateRequest
@@ -32,7 +33,12 @@ def run_pipeline(config: PipelineConfig, asked: str | None = None) -> PipelineRe
             request = request.for_new_images(asked)
         done[step.field] = run_stage(step.stage, request, config.backend)
     result = PipelineResult(name=config.name, store=config.store, **done)
-    result = result.model_copy(update={"news": last_run.news(result), "changes": last_run.changes(result, config)})
+    told = {
+        "news": last_run.news(result),
+        "changes": last_run.changes(result, config),
+        "predicted": plan.predicted(config),
+    }
+    result = result.model_copy(update=told)
     get_run_logger().info(result.news)
     artifacts.of_pipeline(result, config)
     return result

@@ -1,7 +1,7 @@
 """The stages as Prefect tasks and flows, made from their registry: `FLOWS`, by the name of the stage.
 
-Each stage is a job that finds its own finished work: running a flow again is how anything that broke is mended, and
-running a finished one is quick.
+Each stage finds its own finished work: running a flow again is how anything that broke is mended, and running a
+finished one is quick. The work is that of a job, but for stages that say that theirs is none.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def not_the_users_mistake(_task: Any, _run: Any, state: Any) -> bool:
 def _work(stage: str, request: Request, backend: BackendConfig) -> Result | State[Any]:
     asked = STAGES[stage].load()
     try:
-        result = artifacts.publish(asked, request, follow_job(asked, request, backend), backend)
+        answer = follow_job(asked, request, backend) if asked.is_job else asked.run(request)
+        result = artifacts.publish(asked, request, answer, backend)
     except Exception as error:
         events.tell([failed(stage, error, task_run.run_count)], request.store)
         if isinstance(error, UserError):

@@ -28,7 +28,7 @@ Command = Any  # of click, of which typer has a copy of its own that it does not
 
 
 class Verbs(TyperGroup):
-    """The verbs of the command, with those of the stages, of `pipeline` and of `demo` among them."""
+    """The verbs of the command, with those of the stages, of `pipeline`, `plan` and `demo` among them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -38,6 +38,9 @@ class Verbs(TyperGroup):
                 "pipeline",
                 "Images to dataset version to trained, evaluated and registered model to generated images.",
                 _pipeline,
+            ),
+            "plan": _Lazy(
+                "plan", "Say what a pipeline would do, and what that would take, before anything starts.", _plan
             ),
             **{entry.verb: _of_stage(entry) for entry in STAGES.values()},
         }
@@ -62,9 +65,13 @@ def _of_stage(entry: Entry) -> _Lazy:
         def run(as_json: bool, **given: Any) -> None:
             options, config = _understood(stage.options, given)
             request, backend = options.request(config), config.backend
-            from flows.runner import run_flow
+            if stage.is_job:
+                from flows.runner import run_flow
 
-            result = run_flow(stage.name, lambda: stage.check(request, backend), request, backend)
+                result = run_flow(stage.name, lambda: stage.check(request, backend), request, backend)
+            else:
+                stage.check(request, backend)
+                result = stage.run(request)
             if stage.text and not as_json:
                 typer.echo(f"{stage.text(result)}\n")
             _show(result, stage.rows(result), as_json)
@@ -104,6 +111,25 @@ def _run_pipeline(given: dict[str, Any], as_json: bool) -> None:
         typer.echo("\nnext:")
         for command in results.next_commands(result, options.model_dump()):
             typer.echo(f"  {command}")
+
+
+def _plan(name: str, summary: str) -> Command:
+    from diffusion_core.stages.pipeline import PipelineOptions
+
+    def run(as_json: bool, **given: Any) -> None:
+        from diffusion_core.planning import plan
+        from diffusion_core.stages import pipeline
+        from flows.cli_store import aligned_rows
+
+        _, config = _understood(PipelineOptions, given)
+        pipeline.check(config)
+        made = plan.make(config, lambda text: typer.echo(text, err=True))
+        if as_json:
+            print_json(made.model_dump(mode="json"))
+        else:
+            typer.echo(f"{aligned_rows(plan.table(made))}\n\n{made.memory}")
+
+    return _command(name, summary, PipelineOptions, run)
 
 
 def _understood(kind: Any, given: dict[str, Any]) -> Any:

@@ -38,7 +38,12 @@ class SmallStore:
 
     def images(self, word: str, run: str, dataset: str, guide: str | None = None) -> str:
         guides = {} if guide is None else {"guide": {"digest": self.digest(guide), "run_id": name_of(guide)}}
-        record = {"run_id": name_of(run), "dataset": self._dataset(dataset), "guides": guides}
+        record = {
+            "run_id": name_of(run),
+            "bundle_digest": self.digest(run),
+            "dataset": self._dataset(dataset),
+            "guides": guides,
+        }
         return self._write(f"images/{name_of(word)}", "set.json", record, "shards/part-00000.parquet")
 
     def evaluation(self, word: str, run: str, dataset: str, images: str, guide: str | None = None) -> str:

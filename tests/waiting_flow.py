@@ -10,6 +10,6 @@ from prefect import flow
 
 
 @flow(name="wait-for-file", persist_result=False)
-def wait_for_file(store: str, overrides: dict[str, Any] | None = None) -> None:
-    while not Path(store, "go").exists():
+def wait_for_file(request: dict[str, Any]) -> None:
+    while not Path(request["store"], "go").exists():
         time.sleep(0.5)

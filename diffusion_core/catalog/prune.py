@@ -7,10 +7,13 @@ and so is whatever a kept thing needs: its data, the model that its training beg
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
 
-from diffusion_core.catalog.things import SILENCE_S, Kind, Survey, Thing, claims, parallel, survey, survey_work
+from diffusion_core.catalog.reading import parallel
+from diffusion_core.catalog.things import SILENCE_S, Kind, Survey, Thing, claims, survey, survey_work
 from diffusion_core.store import Directory, Entry, layout
 from diffusion_core.store.lease import seems_held
 
@@ -62,7 +65,7 @@ def plan(store: str, retention: Retention) -> list[Row]:
     """
     root = Directory(store)
     found = survey(root) if retention.unused else survey_work(root)
-    entries = parallel(lambda key: list((root / key).list()), found.things)
+    entries = parallel(partial(_files, root), found.things.values())
     files = dict(zip(found.things, entries, strict=True))
     changed = {key: _last_change(of) for key, of in files.items()}
     kept = _kept(store, found, changed, retention)
@@ -89,21 +92,31 @@ def apply(store: str, rows: Iterable[Row], retention: Retention) -> list[Row]:
     root = Directory(store)
     known: set[str] | None = None
     now: dict[str, Row] = {}
-    done = []
-    for row in rows:
-        if not row.goes:
-            continue
+    done: list[Row] = []
+    going = (row for row in rows if row.goes)
+    for _, group in groupby(going, lambda row: Kind.note if row.kind is Kind.note else row.thing):  # all notes at once
         if (there := _names(root)) != known:  # what is new may need what goes
             known, now = there, {fresh.thing: fresh for fresh in plan(store, retention)}
-        fresh = now.get(row.thing)
-        if fresh is not None and fresh.goes and fresh.changed == row.changed and not _is_held(root, row):
-            _delete(root / row.thing)
-            known = {name for name in there if not f"{name}/".startswith(f"{row.thing}/")}
-        elif fresh is not None:
-            why = f"used meanwhile: {fresh.why}" if not fresh.goes else "used meanwhile: it has changed"
-            row = replace(row, goes=False, why=why)
-        done.append(row)
+        settled = parallel(partial(_settle, root, now), group)
+        gone = tuple(f"{row.thing}/" for row in settled if row.goes)
+        known = {name for name in there if not f"{name}/".startswith(gone)}
+        done += settled
     return done
+
+
+def _settle(root: Directory, now: Mapping[str, Row], row: Row) -> Row:
+    """Delete what still goes as things are now; the row, as kept if it does not."""
+    fresh = now.get(row.thing)
+    if fresh is None:
+        return row
+    if not fresh.goes or fresh.changed != row.changed or _is_held(root, row):
+        why = "it has changed" if fresh.goes else fresh.why
+        return replace(row, goes=False, why=f"used meanwhile: {why}")
+    if row.kind is Kind.note:
+        root.delete(row.thing)
+    else:
+        _delete(root / row.thing)
+    return row
 
 
 def _kept(store: str, found: Survey, changed: dict[str, float], retention: Retention) -> dict[str, str]:
@@ -139,6 +152,7 @@ def _registered(store: str) -> Iterator[tuple[str, str]]:
     for row in list_models(store):
         tags, name = row["tags"], f"{row['name']}/{row['version']}"
         called = f"{name} ({', '.join(row['aliases'])})" if row["aliases"] else name
+        yield layout.gate(row["name"]), f"decided about the registered {called}"
         yield layout.run(tags.get("run_id", "")), f"registered as {called}"
         yield (
             layout.dataset_version(tags.get("dataset", ""), tags.get("dataset_version", "")),
@@ -151,6 +165,10 @@ def _why_it_goes(thing: Thing) -> str:
         return "files of a job that ended"
     if thing.kind is Kind.lease:
         return "turns of jobs that ended"
+    if thing.kind is Kind.copy:
+        return "nothing needs it; MLflow would be asked for it again"
+    if thing.kind is Kind.note:
+        return "it is about nothing that is there"
     return "nothing needs it" if thing.whole else "never completed, or the rest of a deletion"
 
 
@@ -161,7 +179,7 @@ def _names(root: Directory) -> set[str]:
 
 
 def _is_held(root: Directory, row: Row) -> bool:
-    lease = {Kind.run: f"{row.thing}/{layout.ATTEMPTS}", Kind.lease: row.thing}.get(row.kind)
+    lease = {Kind.run: f"{row.thing}/{layout.ATTEMPTS}", Kind.lease: row.thing, Kind.gate: row.thing}.get(row.kind)
     return lease is not None and seems_held(root / lease, SILENCE_S)
 
 
@@ -181,6 +199,10 @@ def _rank(key: str) -> int:
     ):  # the claim of a lease
         return 0
     return 1 if name.endswith(".json") else 2
+
+
+def _files(root: Directory, thing: Thing) -> list[Entry]:
+    return [thing.file] if thing.file else list((root / thing.key).list())
 
 
 def _last_change(files: Iterable[Entry]) -> float:

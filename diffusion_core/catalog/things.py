@@ -9,18 +9,18 @@ import json
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any
 
-from diffusion_core.store import Directory, layout
+from diffusion_core.catalog.notes import notes
+from diffusion_core.catalog.reading import parallel, read_record
+from diffusion_core.store import Directory, Entry, layout
 from diffusion_core.store.lease import seems_held
 
 SILENCE_S = 3600.0  # after which a lease counts as given up: far more than clocks differ
 LONGEST_SILENCE_S = 30 * 86400.0  # of a job, which writes nothing while all goes well
-_PARALLEL_REQUESTS = 16
 _FOLDERS = {  # of what a stage's turns are about
     "shard": layout.DATASETS,
     "generate": layout.IMAGES,
@@ -29,8 +29,6 @@ _FOLDERS = {  # of what a stage's turns are about
 }
 _KEYS = re.compile(rf'(?:{layout.RUNS}|{layout.IMAGES})/[^/"\s]+|{layout.DATASETS}/[^/"\s]+/[^/"\s]+')
 
-T = TypeVar("T")
-R = TypeVar("R")
 Records = dict[str, dict[str, Any] | None]  # by key; None: the record, which is the commit of the thing, is not there
 
 
@@ -42,18 +40,25 @@ class Kind(StrEnum):
     images = "image set"
     run = "run"
     dataset = "dataset version"
+    copy = "copy of a bundle"
+    gate = "gate"
     job = "job"
     lease = "lease"
+    note = "note"
 
 
 @dataclass(frozen=True)
 class Thing:
-    """A thing of a store: `whole` if its commit is there, `busy` if somebody works on it now."""
+    """A thing of a store: `whole` if its commit is there, `busy` if somebody works on it now.
+
+    A thing is a folder, with the key of which those of its files begin, or else it is the one `file`.
+    """
 
     key: str
     kind: Kind
     whole: bool = True
     busy: bool = False
+    file: Entry | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ def survey(store: Directory) -> Survey:
         needs[key] |= {
             _dataset(record),
             layout.run(record["run_id"]),
+            layout.fetched_bundle(str(record.get("bundle_digest"))),
             *(layout.run(guide["run_id"]) for guide in guides),
         }
     for key, record in _whole(evaluations):
@@ -111,6 +117,16 @@ def survey(store: Directory) -> Survey:
         (Kind.dataset, datasets),
     ):
         things |= {key: Thing(key, kind, record is not None, key in busy) for key, record in records.items()}
+    for model in (store / layout.GATES).children():
+        key = layout.gate(model)
+        things[key] = Thing(key, Kind.gate, busy=seems_held(store / key, SILENCE_S))
+    for copy in (store / layout.BUNDLES).children():
+        key = layout.fetched_bundle(copy)
+        things[key] = Thing(key, Kind.copy, (store / key).exists(layout.BUNDLE))
+    for key, file, about in notes(store, list(things), home):
+        things[key] = Thing(key, Kind.note, file=file)
+        for user in about:
+            needs[user].add(key)
     return Survey(things, needs, {_set_of(record) for _, record in _whole(evaluations)})
 
 
@@ -126,22 +142,9 @@ def claims(store: Directory) -> set[str]:
     return {key for key in keys if key.rpartition("/")[2].removesuffix(".json").isdigit()}
 
 
-def parallel(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """`function` of every item, in order, several at once: the time goes to the store's answers."""
-    with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
-        return list(pool.map(function, items))
-
-
 def _records(store: Directory, folder: str, record: str) -> Records:
     keys = [f"{folder}/{name}" for name in (store / folder).children()]
-    return dict(zip(keys, parallel(lambda key: _read(store / key, record), keys), strict=True))
-
-
-def _read(place: Directory, record: str) -> dict[str, Any] | None:
-    try:
-        return dict(place.read_json(record))
-    except FileNotFoundError:
-        return None
+    return dict(zip(keys, parallel(lambda key: read_record(store / key, record), keys), strict=True))
 
 
 def _whole(records: Records) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -153,7 +156,7 @@ def _homes(store: Directory, runs: Iterable[str]) -> dict[str, str]:
 
     def digests(key: str) -> list[str]:
         bundles = store / key / layout.BUNDLES
-        read = (_read(bundles / name, layout.BUNDLE) for name in bundles.children())
+        read = (read_record(bundles / name, layout.BUNDLE) for name in bundles.children())
         return [record["digest"] for record in read if record is not None]
 
     keys = list(runs)
@@ -182,7 +185,7 @@ def _measures(needs: defaultdict[str, set[str]], key: str, record: Mapping[str, 
 def _guides_of_cells(comparison: Directory) -> set[str]:
     """Digests of the guides of a comparison's contestants; the cells of one differ in their seed alone."""
     first = {entry.key.rpartition("/")[0]: entry.key for entry in comparison.list(layout.CELLS)}
-    cells = parallel(lambda key: _read(comparison, key) or {}, first.values())
+    cells = parallel(lambda key: read_record(comparison, key) or {}, first.values())
     return {digest for cell in cells for digest in cell.get("guides", {}).values()}
 
 
@@ -191,7 +194,7 @@ def _jobs(store: Directory) -> tuple[list[Thing], dict[str, set[str]]]:
     keys = [layout.job(name) for name in (store / layout.JOBS).children()]
     ended = parallel(lambda key: _has_ended(store / key), keys)
     running = [key for key, over in zip(keys, ended, strict=True) if not over]
-    requests = {key: json.dumps(_read(store / key, layout.REQUEST)) for key in running}
+    requests = {key: json.dumps(read_record(store / key, layout.REQUEST)) for key in running}
     things = [Thing(key, Kind.job, busy=key in requests) for key in keys]
     return things, {key: set(_KEYS.findall(text)) for key, text in requests.items()}
 

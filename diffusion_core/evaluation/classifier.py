@@ -156,7 +156,7 @@ def _train(model: Classifier, dataset: ImageDataset, config: ClassifierConfig) -
     draw = np.random.default_rng(config.seed)
     order = _order(len(images), config.batch_size, draw)
     model.train()
-    with Progress("train the feature extractor", steps * config.batch_size) as progress:
+    with Progress("train the feature extractor", steps * config.batch_size, "training images") as progress:
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * _schedule(step, steps)

@@ -108,7 +108,7 @@ class Measurer:
     def measure(self, batches: Iterator[tuple[np.ndarray, np.ndarray | None]], total: int, what: str) -> Features:
         """Features of batches of (images (n, H, W, C) uint8, classes asked for (n,) or None)."""
         parts = []
-        with Progress(f"features of {what}", total) as progress:
+        with Progress(f"features of {what}", total, "features") as progress:
             for images, labels in batches:
                 parts.append(self.features(images, labels))
                 progress.advance(len(images))

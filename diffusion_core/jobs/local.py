@@ -28,7 +28,7 @@ class LocalJob:
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,
-            preexec_fn=_die_with_parent if _LIBC else None,
+            preexec_fn=die_with_parent,
         )
         self.process: dict[str, Any] | None = named(self.pid)
 
@@ -69,9 +69,10 @@ class LocalJob:
         return self._process.stdout
 
 
-def _die_with_parent() -> None:
-    """In the child, before exec: have the kernel send SIGTERM when the process that waits for the job is killed."""
-    _LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+def die_with_parent() -> None:
+    """In the child, before exec: have the kernel send SIGTERM when the process that waits for it is killed."""
+    if _LIBC:
+        _LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 _LIBC: Any = ctypes.CDLL(None) if sys.platform == "linux" else None

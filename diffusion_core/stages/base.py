@@ -54,6 +54,9 @@ class Stage(Generic[RequestT, ResultT]):
     """What it tells of itself, the same whether it did the work or found it done."""
     question: Callable[[ResultT], Question | None] | None = None
     """What a person has to answer before the stage, done again, can conclude."""
+    is_job: bool = True
+    """Whether its work is a program of its own. What is none needs neither Ray nor room in the store for a job's files,
+    and is done by the process of the flow, or of the command, which then needs no Prefect."""
 
     @property
     def report(self) -> str:

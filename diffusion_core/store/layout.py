@@ -18,6 +18,7 @@ OUTCOMES = "outcomes"
 ASKED = "asked"
 WATCHED = "watched"
 EVENTS = "events"
+PLANS = "plans"
 JOBS = "jobs"
 STACK = "stack"
 MLFLOW_DATABASE = "mlflow.db"
@@ -65,6 +66,11 @@ def approvals(model: str) -> str:
 def event(event_id: str) -> str:
     """Exists if the event was told."""
     return f"{EVENTS}/{event_id}.json"
+
+
+def plan(digest: str) -> str:
+    """What the pipeline of a configuration was expected to take."""
+    return f"{PLANS}/{digest}.json"
 
 
 def lease(stage: str, work: str) -> str:
@@ -189,10 +195,11 @@ FAILED = "failed.parquet"
 IMAGE_SHARDS = "shards/part-"  # begins the name of each
 SET_MANIFESTS = "manifest-"
 SET_CLOSED = "closed-"
+EXTENSIONS = "extensions/"  # begins the name of each
 
 
 def extension(number: int) -> str:
-    return f"extensions/{number:05d}.json"
+    return f"{EXTENSIONS}{number:05d}.json"
 
 
 def image_shard(number: int) -> str:

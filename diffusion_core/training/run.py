@@ -107,7 +107,14 @@ class RunDirectory:
 
 
 def open_run(store: Directory | str, spec: TrainSpec, init_uri: str | None = None) -> RunDirectory:
-    """The directory of the run that `spec` describes; made if it is new.
+    """The directory of the run that `spec` describes, made if it is new. Arguments and errors are `find_run`'s."""
+    run, description = _described(store, spec, init_uri)
+    run.directory.create_json(layout.RUN, description)
+    return run
+
+
+def find_run(store: Directory | str, spec: TrainSpec, init_uri: str | None = None) -> RunDirectory:
+    """The directory of the run that `spec` describes, whether it is there or not; nothing is written.
 
     Args:
         store: root of the store.
@@ -118,6 +125,10 @@ def open_run(store: Directory | str, spec: TrainSpec, init_uri: str | None = Non
         UserError: no dataset version, no training images, images that the network cannot halve, an objective that
             does not suit the process, or a bundle to start from that does not fit.
     """
+    return _described(store, spec, init_uri)[0]
+
+
+def _described(store: Directory | str, spec: TrainSpec, init_uri: str | None) -> tuple[RunDirectory, dict[str, Any]]:
     from diffusion_core.data import open_dataset
 
     dataset = open_dataset(spec.dataset_uri)
@@ -131,9 +142,7 @@ def open_run(store: Directory | str, spec: TrainSpec, init_uri: str | None = Non
     parts = {"dataset": dataset.version, "start": start, "spec": identity(spec)}
     run_id = digest("run", SCHEMA_VERSION, parts)
     root = store if isinstance(store, Directory) else Directory(store)
-    run = RunDirectory(root / layout.run(run_id))
-    run.directory.create_json(layout.RUN, _description(run_id, spec, dataset, start, source))
-    return run
+    return RunDirectory(root / layout.run(run_id)), _description(run_id, spec, dataset, start, source)
 
 
 def check_task(network: NetworkConfig, objective: ObjectiveConfig, process: ProcessConfig, num_classes: int) -> None:

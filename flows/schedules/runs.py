@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from prefect import get_run_logger
 from prefect.runtime import flow_run
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from diffusion_core.catalog import find
-from diffusion_core.catalog import prune as pruning
-from diffusion_core.config import Config, UserError, explain
+from diffusion_core.config import UserError
 from diffusion_core.stages import generate as generating
-from diffusion_core.stages.checks import check_readable
 from diffusion_core.stages.generate import GenerateRequest, GenerateResult
 from diffusion_core.stages.pipeline import PipelineResult
-from diffusion_core.stages.settings import seconds
 from flows.flow import diffusion_flow
 from flows.pipeline import run_pipeline
 from flows.schedules.overrides import resolve
@@ -58,35 +54,6 @@ def generate(
     generating.check(request, config.backend)
     result: GenerateResult = run_stage("generate", request, config.backend)
     return result
-
-
-class PruneOptions(Config):
-    """What the overrides of a scheduled prune may say."""
-
-    older_than: str = Field("7d", description="Age from which things may go, as 30d or 24h.")
-    unused: bool = Field(False, description="Also runs, datasets and figures that nothing needs.")
-
-
-@diffusion_flow("prune-store", persist_result=False)
-def prune(store: Store, overrides: dict[str, Any] | None = None) -> int:
-    """Delete what the store can do without; the bytes that this freed."""
-    check_readable(store)
-    options = prune_options(overrides or {})
-    retention = pruning.Retention(seconds(options.older_than, "older_than"), options.unused)
-    gone = [row for row in pruning.apply(store, pruning.plan(store, retention), retention) if row.goes]
-    for row in gone:
-        get_run_logger().info("%s deleted (%s)", row.uri, row.why)
-    return sum(row.bytes for row in gone)
-
-
-def prune_options(overrides: dict[str, Any]) -> PruneOptions:
-    """The options that these overrides stand for; `UserError` about the first that is not accepted."""
-    try:
-        options = PruneOptions.model_validate(overrides)
-    except ValidationError as error:
-        raise UserError(f"overrides: {explain(error)}") from None
-    seconds(options.older_than, "overrides: older_than:")
-    return options
 
 
 def asked() -> str:

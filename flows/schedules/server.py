@@ -31,14 +31,18 @@ from prefect.flows import Flow
 from prefect.schedules import Cron, Interval, Schedule
 from prefect.settings import PREFECT_API_URL
 from prefect.types.entrypoint import EntrypointType
+from pydantic import ValidationError
 
-from diffusion_core.config import UserError
+from diffusion_core.config import UserError, explain
+from diffusion_core.stages.prune import PruneRequest
+from diffusion_core.stages.settings import seconds
 from diffusion_core.store import Directory
 from flows.schedules import overrides, runs
 from flows.schedules.config import IfRunning, ScheduleConfig, What
 from flows.schedules.replace import replace_running
 from flows.schedules.watch import watch
 from flows.stack.pool import POOL
+from flows.stages import FLOWS
 
 TRAINING, GENERATION, DEFAULT = "training", "generation", "default"
 TAG = "schedule"
@@ -56,7 +60,7 @@ _KINDS = {
     What.pipeline: _Kind(runs.pipeline, TRAINING),
     What.generate: _Kind(runs.generate, GENERATION),
     What.watch: _Kind(watch, DEFAULT),
-    What.prune: _Kind(runs.prune, DEFAULT),
+    What.prune: _Kind(FLOWS["prune"], DEFAULT),
 }
 
 
@@ -160,8 +164,7 @@ def _deployment(
 def _parameters(config: ScheduleConfig, store: str) -> dict[str, Any]:
     """What the flow is told: nothing that the preset says already. Checked here as the run will check it."""
     if config.what is What.prune:
-        runs.prune_options(config.overrides)
-        return {"store": store, "overrides": config.overrides}
+        return {"request": _prune_request(config, store)}
     fields = overrides.by_path(config.overrides)
     if isinstance(source := fields.get("source.uri"), str):
         fields["source.uri"] = Directory(source).uri
@@ -170,6 +173,16 @@ def _parameters(config: ScheduleConfig, store: str) -> dict[str, Any]:
     if config.what is What.watch:
         return told | ({} if config.interval_s is None else {"still_s": config.interval_s})
     return told | {"new_images": config.makes_new_images} | ({"model": config.model} if config.model else {})
+
+
+def _prune_request(config: ScheduleConfig, store: str) -> dict[str, Any]:
+    """The request of a prune that deletes, unless the overrides say otherwise."""
+    try:
+        request = PruneRequest.model_validate({"apply": True, **config.overrides, "store": store})
+    except ValidationError as error:
+        raise UserError(f"overrides: {explain(error)}") from None
+    seconds(request.older_than, "overrides: older_than:")
+    return request.model_dump(mode="json", exclude_defaults=True)
 
 
 def _times(config: ScheduleConfig) -> Schedule:

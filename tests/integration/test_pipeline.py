@@ -326,7 +326,7 @@ def test_prune_takes_what_nothing_came_from_and_nothing_else(
     assert not told["deleted"] and set((Directory(store) / "runs").children()) == runs
     assert main(["prune", *options, "--yes"]) == 0
     deleted = json.loads(capsys.readouterr().out)["candidates"]
-    gone = {item["uri"] for item in deleted if item["kind"] not in ("job", "lease")}
+    gone = {item["uri"] for item in deleted if item["kind"] not in ("job", "lease", "note")}
     assert gone == {f"{store}/runs/{run}" for run in runs - {first.run.run_id}} | {f"{store}/datasets/broken/{begun}"}
     assert (Directory(store) / "jobs").children() == [] and not list((Directory(store) / "leases").list())
     for reference in (first.images.set_id, first.dataset.uri, first.run.bundle_uri):

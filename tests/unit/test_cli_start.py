@@ -13,8 +13,8 @@ from diffusion_core.store.patience import StoreUnavailable
 from flows import cli
 
 HEAVY = ("torch", "ray", "prefect", "mlflow", "pandas", "pyarrow", "numpy", "pydantic", "boto3", "sklearn", "scipy")
-VERBS = ["demo", "pipeline", *(entry.verb for entry in STAGES.values()), "config", "stack", "schedule", "list"]
-SHORT_VERBS = ["promote", "rollback", "lineage", "reproduce", "verify", "prune"]
+VERBS = ["demo", "pipeline", "plan", *(entry.verb for entry in STAGES.values()), "config", "stack", "schedule", "list"]
+SHORT_VERBS = ["promote", "rollback", "lineage", "reproduce", "verify"]
 PROGRAM = """
 import json, resource, sys
 from flows.cli import main

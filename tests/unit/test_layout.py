@@ -28,6 +28,7 @@ PATHS = {
     layout.asked("0a1b"): "asked/0a1b.json",
     layout.watched("digits"): "watched/digits.json",
     layout.event("0a1b"): "events/0a1b.json",
+    layout.plan("0a1b"): "plans/0a1b.json",
     layout.approvals("digits"): "gates/digits/approvals",
     layout.QUESTION: "question.json",
     layout.ANSWER: "answer.json",
@@ -73,6 +74,7 @@ PATHS = {
     layout.FAILED: "failed.parquet",
     layout.IMAGE_SHARDS: "shards/part-",
     layout.image_shard(7): "shards/part-00007",
+    layout.EXTENSIONS: "extensions/",
     layout.extension(7): "extensions/00007.json",
     layout.set_plan(0): "plan-0.parquet",
     layout.set_index(99): "index-99.parquet",
@@ -112,7 +114,7 @@ def test_every_path_is_among_them() -> None:
 
 
 FOLDERS = {"datasets", "runs", "images", "evaluations", "comparisons", "bundles", "gates", "leases", "jobs", "stack"}
-FOLDERS |= {"outcomes", "asked", "watched", "events"}
+FOLDERS |= {"outcomes", "asked", "watched", "events", "plans"}
 FILES = {"mlflow.db", "mlartifacts"} | {path for path in PATHS.values() if path.endswith((".json", ".parquet"))}
 
 

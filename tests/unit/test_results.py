@@ -8,11 +8,12 @@ import shlex
 from typing import Any
 
 from diffusion_core.config import digest
+from diffusion_core.jobs.request import Account
 from diffusion_core.progress import ProgressEvent
 from diffusion_core.stages import evaluate
 from diffusion_core.stages.evaluate import EvaluateResult, figure_rows
 from diffusion_core.stages.generate import GenerateResult
-from diffusion_core.stages.pipeline import STEPS, PipelineResult, rows
+from diffusion_core.stages.pipeline import STEPS, PipelineResult, account_rows, rows
 from diffusion_core.stages.register import RegisterResult
 from diffusion_core.stages.shard import ShardResult
 from diffusion_core.stages.train import TrainResult
@@ -73,7 +74,8 @@ def test_the_table_at_the_end_has_everything():
         "It is the first.",
         "1,000 images, 990 new",
         "/s/images/i1/contact-sheet.png",
-        "shard 3 (found done), train 61, evaluate 9, register 2, generate 8",
+        "shard 3 s (found done)",
+        "train 61 s",
     ):
         assert part in text
     report = markdown("Pipeline", table(rows(RESULT)), section("Loss", None))
@@ -81,6 +83,22 @@ def test_the_table_at_the_end_has_everything():
     assert "| model version | models:/digits/3" in report
     assert evaluate.table(RESULT.evaluation)[1]["held-out real images (floor)"] is None
     assert columns([{"a": "1"}, {"b": "x|y"}]) == "| a | b |\n| --- | --- |\n| 1 |  |\n|  | x\\|y |"
+
+
+def test_what_was_taken_stands_beside_what_was_planned():
+    account = Account(
+        seconds=60, cpu_seconds=720, gpu_seconds=36, images=6400, bytes_written=2_500_000, s3_requests=1234
+    )
+    counted = RESULT.run.model_copy(update={"account": account})
+    told = RESULT.model_copy(update={"run": counted, "predicted": {"shard": 70.0, "train": 55.0, "evaluate": 12.2}})
+    assert [line for _, line in account_rows(told)] == [
+        "shard 3 s (found done)",
+        "train 61 s (planned 55), 106.7 images/s, 0.200 CPU hours, 0.010 GPU hours, 2.5 MB written, "
+        "1,234 requests to S3",
+        "evaluate 9 s (planned 12)",
+        "register 2 s",
+        "generate 8 s",
+    ]
 
 
 def test_an_error_stands_beside_its_figure():

@@ -66,16 +66,40 @@ def evaluate(
         UserError: no bundle or dataset there, images of different shapes, too few held-out images, or samples failed.
     """
     dataset, bundle = open_dataset(dataset_uri), read_bundle_config(bundle_uri)
-    samples = samples_of(config, dataset)
+    config = config.model_copy(update={"guidance": with_guides_found(config.guidance, store)})
+    directory, about = _identified(store, bundle_uri, bundle, dataset, config)
+    if directory.exists(REPORT):
+        return Evaluation(directory, _RECORD.read(directory), reused=True)
+    with one_at_a_time(store, "evaluate", directory.name):
+        reused = directory.exists(REPORT)  # another job may have made it meanwhile
+        if not reused:
+            from diffusion_core.stages.work.generate import generate
+
+            generation = generation_of(config, bundle, dataset)
+            images = generate(bundle_uri, generation, store, resources, stage="samples to evaluate").images
+            report = _measure(directory, images, dataset, config, samples_of(config, dataset), bundle_uri)
+            _RECORD.commit(directory, {}, {**about, "image_set": images.uri, **report})
+    return Evaluation(directory, _RECORD.read(directory), reused)
+
+
+def find_evaluation(store: str, bundle_uri: str, dataset_uri: str, config: EvaluationConfig) -> Evaluation | None:
+    """The evaluation that `evaluate` would find done; None if it would make it. Raises `UserError` as it does."""
+    dataset, bundle = open_dataset(dataset_uri), read_bundle_config(bundle_uri)
+    config = config.model_copy(update={"guidance": with_guides_found(config.guidance, store)})
+    directory, _ = _identified(store, bundle_uri, bundle, dataset, config)
+    return Evaluation(directory, _RECORD.read(directory), reused=True) if directory.exists(REPORT) else None
+
+
+def _identified(
+    store: str, bundle_uri: str, bundle: BundleConfig, dataset: ImageDataset, config: EvaluationConfig
+) -> tuple[Directory, dict[str, Any]]:
+    """The directory of an evaluation, and what its record says of what is measured."""
+    samples_of(config, dataset)
     check_comparable(bundle, dataset)
     check_held_out_figures("evaluation", config, bundle.process)
-    config = config.model_copy(update={"guidance": with_guides_found(config.guidance, store)})
     bundle_id, extractor = bundle_digest(bundle_uri), extractor_identity(config, dataset.version)
     guided = [f"{name} {found}" for name, found in guide_digests(config.guidance).items()]
     evaluation_id = digest("evaluation", _ALGORITHM, bundle_id, dataset.version, extractor, config, *guided)
-    directory = Directory(store) / layout.evaluation(evaluation_id)
-    if directory.exists(REPORT):
-        return Evaluation(directory, _RECORD.read(directory), reused=True)
     about = {
         "evaluation_id": evaluation_id,
         "bundle": {"uri": bundle_uri, "digest": bundle_id, "run_id": bundle.run_id, "images_seen": bundle.images_seen},
@@ -83,16 +107,7 @@ def evaluate(
         "configuration": json.loads(json.dumps(identity(config))),
         **({"guided_by": guided} if guided else {}),
     }
-    with one_at_a_time(store, "evaluate", evaluation_id):
-        reused = directory.exists(REPORT)  # another job may have made it meanwhile
-        if not reused:
-            from diffusion_core.stages.work.generate import generate
-
-            generation = generation_of(config, bundle, dataset)
-            images = generate(bundle_uri, generation, store, resources, stage="samples to evaluate").images
-            report = _measure(directory, images, dataset, config, samples, bundle_uri)
-            _RECORD.commit(directory, {}, {**about, "image_set": images.uri, **report})
-    return Evaluation(directory, _RECORD.read(directory), reused)
+    return Directory(store) / layout.evaluation(evaluation_id), about
 
 
 def attach(store: str, done: Evaluation, mlflow_run_id: str) -> None:

@@ -139,6 +139,79 @@ def test_what_is_used_between_plan_and_deletion_stays(small, user):
     assert [row.goes for row in done] == [False, False] and find.run(name_of("run"), small.uri)
 
 
+def test_a_note_stays_while_what_it_is_about_stays(small):
+    """Events told, who asked for new images, outcomes, watched sources: with their thing, and never before."""
+    told = {"event": "diffusion.…", "once": name_of("data")}
+    kept, lost = small.dataset("data"), small.dataset("other", name="cats")
+    run, other_run = small.run("run", "data"), small.run("other", "data")
+    images = small.images("set", "run", "data")
+    small.root.write_json(f"{images}/extensions/00000.json", {"asked": "night-1"})
+    notes = {
+        "events/1.json": {**told, "resource": "diffusion.dataset.digits"},
+        "events/2.json": {**told, "resource": f"diffusion.run.{name_of('run')}"},
+        "events/3.json": {**told, "resource": f"diffusion.images.{name_of('set')}"},
+        "events/4.json": {**told, "resource": f"diffusion.bundle.{small.digest('run')}"},
+        "outcomes/digits/1.json": {"bundle": f"/where/it/was/{run}/bundles/64"},
+        "asked/night-1.json": {"model": "models:/digits/1"},
+        "watched/digits.json": {"version": "s"},
+        f"bundles/{small.digest('run')}/bundle.json": {},
+        "datasets/digits/source-hashes.parquet": {},
+    }
+    orphans = {
+        "events/5.json": {**told, "resource": "diffusion.model.cats", "once": "1"},
+        "events/6.json": {**told, "resource": f"diffusion.run.{name_of('other')}"},
+        "outcomes/digits/2.json": {"bundle": f"/where/it/was/{other_run}/bundles/64"},
+        "asked/night-2.json": {"model": "models:/digits/1"},
+        "watched/cats.json": {"version": "s"},
+        f"bundles/{small.digest('other')}/bundle.json": {},
+        "gates/cats/approvals/1/question.json": {},
+    }
+    for key, record in {**notes, **orphans}.items():
+        small.root.write_json(key, record)
+    small.age(days=2)
+    small.root.write_json("events/7.json", {**told, "resource": "diffusion.model.cats"})
+    folders = {f"bundles/{small.digest('other')}", "gates/cats"}
+    files = {key for key in orphans if not any(key.startswith(folder) for folder in folders)}
+    assert going(small) == {lost, other_run, *files, *folders}
+    prune.apply(small.uri, prune.plan(small.uri, EVERYTHING), EVERYTHING)
+    assert {*notes, "events/7.json"} <= {entry.key for entry in small.root.list()}
+    assert not {*orphans} & {entry.key for entry in small.root.list()} and small.root.exists(f"{kept}/manifest.json")
+    small.root.delete(f"{images}/set.json")  # nothing is for use any more
+    small.age(days=2)
+    prune.apply(small.uri, prune.plan(small.uri, EVERYTHING), EVERYTHING)
+    assert [entry.key for entry in small.root.list()] == []
+
+
+def test_notes_about_a_registered_model_stay(small):
+    from diffusion_core.tracking.connection import client
+
+    registry = client(small.uri)
+    registry.create_registered_model("digits")
+    registry.create_model_version("digits", source=small.uri)
+    kept = {"gates/digits/1.json", "events/1.json"}
+    for key in kept:
+        small.root.write_json(key, {"resource": "diffusion.champion.digits", "once": "1 after None"})
+    small.age(days=2)
+    assert going(small) == set() and why(small, "events/1.json") == "needed by gates/digits"
+
+
+def test_the_stage_deletes_only_when_told_to_and_writes_nothing_else(small, capsys):
+    """Not even the files of a job, for which a full store has no room."""
+    from flows.cli import main
+
+    ended = small.job("shard-1", {})
+    small.age(days=2)
+    command = ["prune", "--older-than", "1d", "--store", small.uri]
+    for _ in range(2):
+        assert main(command) == 0
+        assert small.root.exists(f"{ended}/result.json")
+    assert main([*command, "--yes", "--json"]) == 0
+    assert ended in capsys.readouterr().out and [entry.key for entry in small.root.list()] == []
+    assert main([*command[:2], "soon", *command[3:]]) == 2
+    assert capsys.readouterr().err.startswith("older_than soon: it is not a time")
+    assert main(["prune", "--store", f"{small.uri}/none"]) == 2 and "no folder" in capsys.readouterr().err
+
+
 def test_what_ended_jobs_left_goes_and_what_others_hold_stays(small):
     ended, running = small.job("shard-1", {}), small.job("shard-2", {}, ended=False)
     turn, held = (small.root / f"leases/shard/digits/{number}" for number in (1, 2))
