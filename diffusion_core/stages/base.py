@@ -21,6 +21,15 @@ Rows = list[tuple[str, str]]  # of a table: what it is, and its value
 
 
 @dataclass(frozen=True)
+class ShortForm:
+    """A deployment that asks for little: some of the options of a stage, the one that matters most first."""
+
+    name: str
+    summary: str
+    inputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Stage(Generic[RequestT, ResultT]):
     """One stage of the pipeline.
 
@@ -50,6 +59,8 @@ class Stage(Generic[RequestT, ResultT]):
     """What it tells of itself, the same whether it did the work or found it done."""
     question: Callable[[ResultT], Question | None] | None = None
     """What a person has to answer before the stage, done again, can conclude."""
+    short_forms: tuple[ShortForm, ...] = ()
+    """Beside the form that has all of its options."""
 
     @property
     def report(self) -> str:
