@@ -15,6 +15,7 @@ from typing import Any, get_args, get_origin
 from prefect import Flow, flow
 from pydantic import Field, TypeAdapter
 from pydantic.fields import FieldInfo
+from pydantic_core import MISSING
 
 from diffusion_core.stages import pipeline
 from diffusion_core.stages.config import PipelineConfig
@@ -35,7 +36,7 @@ _KEPT = ("type", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMax
 
 def filled_in(kind: type[Options], given: Mapping[str, Any]) -> tuple[Any, PipelineConfig]:
     """The options and the configuration that a form stands for; UserError about the first input that is wrong."""
-    said = {name: value for name, value in given.items() if value not in ("", None)}
+    said = {name: value for name, value in given.items() if value not in ("", None, MISSING)}
     settings = list(_settings(said.pop(OVERRIDES, "")))
     for name in said.keys() & kind.model_fields.keys():
         if _is_list(kind.model_fields[name]):
@@ -74,7 +75,8 @@ def _inputs(kind: type[Options]) -> list[str]:
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     """An input of a plain type, which may be left empty. What it takes is checked by what it sets."""
     shape = {"title": field.title or name.replace("_", " ").capitalize(), **_shape(name, field)}
-    help_, default = field.description, ... if field.is_required() else None
+    help_ = field.description
+    default = ... if field.is_required() else MISSING  # None would be sent along, and refused as no text or number
     if name == "settings":
         name, help_ = OVERRIDES, "Any other field of the configuration, one a line, as training.batch_size: 256."
     info = Field(default, description=help_, json_schema_extra=shape)

@@ -40,7 +40,8 @@ def test_a_form_is_one_screen_of_plain_inputs(name: str) -> None:
         assert each["type"] in ("string", "integer", "number") and "anyOf" not in each, key
         assert each["title"][0].isupper() and "_" not in each["title"], key
         assert each["description"].endswith((".", "…")), key
-        assert key in schema.required or each["default"] is None, "what is left empty comes from the preset"
+        assert "default" not in each, "what is left empty is not sent, and comes from the preset"
+    assert set(schema.required) <= {"model", "run", "sigma_rel"}
 
 
 def test_the_schemas_know_bounds_and_choices() -> None:
