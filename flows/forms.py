@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, get_args, get_origin
 
@@ -17,6 +18,7 @@ from pydantic import Field, TypeAdapter
 from pydantic.fields import FieldInfo
 from pydantic_core import MISSING
 
+from diffusion_core.config import UserError
 from diffusion_core.stages import pipeline
 from diffusion_core.stages.config import PipelineConfig
 from diffusion_core.stages.options import Options, typed, understood
@@ -31,6 +33,7 @@ Work = Callable[[Any, PipelineConfig], Any]
 
 OVERRIDES = "overrides"  # the settings of a verb, in one field of text
 _LINE = re.compile(r"([\w.]+)\s*[:=]\s*(.*)")
+_OPTION = re.compile(r"--[a-z-]+")
 _KEPT = ("type", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 
@@ -41,7 +44,18 @@ def filled_in(kind: type[Options], given: Mapping[str, Any]) -> tuple[Any, Pipel
     for name in said.keys() & kind.model_fields.keys():
         if _is_list(kind.model_fields[name]):
             said[name] = re.split(r"[,\s]+", said[name].strip())
-    return understood(kind, {**said, "settings": settings}, OVERRIDES)
+    with _in_words(kind):
+        return understood(kind, {**said, "settings": settings}, OVERRIDES)
+
+
+@contextmanager
+def _in_words(kind: type[Options]) -> Iterator[None]:
+    """A mistake is told with the title of the input, where the verb tells it with its option."""
+    titles = {f"--{name.replace('_', '-')}": _title(name, field) for name, field in kind.model_fields.items()}
+    try:
+        yield
+    except UserError as error:
+        raise UserError(_OPTION.sub(lambda match: titles.get(match[0], match[0]), str(error))) from None
 
 
 def _settings(text: str) -> Iterator[str]:
@@ -74,13 +88,17 @@ def _inputs(kind: type[Options]) -> list[str]:
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     """An input of a plain type, which may be left empty. What it takes is checked by what it sets."""
-    shape = {"title": field.title or name.replace("_", " ").capitalize(), **_shape(name, field)}
+    shape = {"title": _title(name, field), **_shape(name, field)}
     help_ = field.description
     default = ... if field.is_required() else MISSING  # None would be sent along, and refused as no text or number
     if name == "settings":
         name, help_ = OVERRIDES, "Any other field of the configuration, one a line, as training.batch_size: 256."
     info = Field(default, description=help_, json_schema_extra=shape)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=info, annotation=Any)
+
+
+def _title(name: str, field: FieldInfo) -> str:
+    return field.title or name.replace("_", " ").capitalize()
 
 
 def _shape(name: str, field: FieldInfo) -> dict[str, Any]:
@@ -129,7 +147,8 @@ def _of_stage(entry: Entry) -> Iterator[tuple[str, Flow[..., Any]]]:
     stage = entry.load()
 
     def work(options: Any, config: PipelineConfig) -> Any:
-        request, backend = options.request(config), config.backend
+        with _in_words(stage.options):
+            request, backend = options.request(config), config.backend
         check_unless_done(lambda: stage.check(request, backend))
         return run_stage(stage.name, request, backend)
 

@@ -36,14 +36,14 @@ def of_a_run(page: Page, url: str, api: Api, folder: Path) -> None:
     form.choose("Preset", "digits")
     form.fill("Images to make", "1000")
     form.fill("Overrides", "generation.guidance.scale: 1.5\ngeneration.sampler.steps: 25")
-    take(page, folder / "ui-form.png", height=2060)
+    take(page, folder / "form.png", height=2060)
     run_id = form.submit()
     api.wait_for(run_id, "COMPLETED", seconds=900)
     page.goto(f"{url}/runs/flow-run/{run_id}")
     expect(page.get_by_text("Completed").first).to_be_visible()
-    take(page, folder / "ui-run.png")
+    take(page, folder / "run.png")
     show_report(page, "pipeline")
-    take(page, folder / "ui-report.png", height=1500)
+    take(page, folder / "report.png", height=1500)
 
 
 def of_an_approval(page: Page, url: str, api: Api, folder: Path) -> None:
@@ -56,7 +56,7 @@ def of_an_approval(page: Page, url: str, api: Api, folder: Path) -> None:
     api.wait_for(run_id, "PAUSED", seconds=900)
     page.goto(f"{url}/runs/flow-run/{run_id}")
     page.get_by_role("button", name="Resume").click()
-    take(page, folder / "ui-approval.png")
+    take(page, folder / "approval.png")
     api(f"flow_runs/{run_id}/resume", {"run_input": {"decision": "refuse", "reason": "A picture.", "by": "Nobody"}})
     api.wait_for(run_id, "COMPLETED", seconds=300)
 
@@ -64,7 +64,7 @@ def of_an_approval(page: Page, url: str, api: Api, folder: Path) -> None:
 def of_the_registry(page: Page, url: str, folder: Path) -> None:
     page.goto(f"{url}/#/models/digits")
     expect(page.get_by_text("champion").first).to_be_visible()
-    take(page, folder / "ui-model.png")
+    take(page, folder / "model.png")
 
 
 def main() -> None:

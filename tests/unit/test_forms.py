@@ -93,6 +93,13 @@ def test_a_wrong_line_is_one_sentence(line: str, sentence: str) -> None:
     assert "\n" not in str(refused.value)
 
 
+def test_a_wrong_input_is_told_by_its_title() -> None:
+    with pytest.raises(UserError, match=r"^Image size \(pixels\) 32y: give pixels"):
+        filled_in(PipelineOptions, {"preset": "digits", "image_size": "32y"})
+    with pytest.raises(UserError, match=r"Say what to work on: Preset .* or Source with Name"):
+        filled_in(PipelineOptions, {"count": 3})
+
+
 def test_a_form_of_the_champion_asks_for_its_name(store: str) -> None:
     options, config = filled_in(GenerateOptions, {"name": "digits", "count": 5, "store": store})
     request = options.request(config)
