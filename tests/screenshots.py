@@ -30,6 +30,11 @@ def take(page: Page, file: Path, height: int = HEIGHT) -> None:
     assert file.stat().st_size < LIMIT_BYTES, f"{file} has {file.stat().st_size} bytes"
 
 
+def reach(api: Api, run_id: str, state: str) -> None:
+    found = api.wait_for(run_id, state, "FAILED", "CRASHED", seconds=900)["state"]
+    assert found["type"] == state, found["message"]
+
+
 def of_a_run(page: Page, url: str, api: Api, folder: Path) -> None:
     """The form as it is filled in, its run, and the report of this."""
     form = Form(page, url, api.deployments()[PIPELINE]["id"])
@@ -38,7 +43,7 @@ def of_a_run(page: Page, url: str, api: Api, folder: Path) -> None:
     form.fill("Overrides", "generation.guidance.scale: 1.5\ngeneration.sampler.steps: 25")
     take(page, folder / "form.png", height=2060)
     run_id = form.submit()
-    api.wait_for(run_id, "COMPLETED", seconds=900)
+    reach(api, run_id, "COMPLETED")
     page.goto(f"{url}/runs/flow-run/{run_id}")
     expect(page.get_by_text("Completed").first).to_be_visible()
     take(page, folder / "run.png")
@@ -53,12 +58,12 @@ def of_an_approval(page: Page, url: str, api: Api, folder: Path) -> None:
     form.fill("Training length (images)", "102400")
     form.fill("Overrides", "gate.approval: ask")
     run_id = form.submit()
-    api.wait_for(run_id, "PAUSED", seconds=900)
+    reach(api, run_id, "PAUSED")
     page.goto(f"{url}/runs/flow-run/{run_id}")
     page.get_by_role("button", name="Resume").click()
     take(page, folder / "approval.png")
     api(f"flow_runs/{run_id}/resume", {"run_input": {"decision": "refuse", "reason": "A picture.", "by": "Nobody"}})
-    api.wait_for(run_id, "COMPLETED", seconds=300)
+    reach(api, run_id, "COMPLETED")
 
 
 def of_the_registry(page: Page, url: str, folder: Path) -> None:
