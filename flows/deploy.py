@@ -1,7 +1,8 @@
-"""The deployments: one for each stage, and for the pipeline one for each preset, with its values filled in.
+"""The deployments: forms for people, and beside them those with every field.
 
-A preset is a deployment of its own rather than a choice in one form, because a form sends the defaults of every field
-along, which would override whatever preset is chosen in it. Which queue they go to is the pool's to say (`stack.pool`).
+The forms (`forms`) send only what is filled in, so that the rest comes from the preset. Of those with every field there
+is one for each stage, and for the pipeline one for each preset, with its values filled in: it sends all of them along,
+which would override whatever preset is chosen in it. Which queue they go to, `stack.pool` says.
 """
 
 from __future__ import annotations
@@ -13,26 +14,45 @@ from prefect.deployments.runner import RunnerDeployment
 from prefect.types.entrypoint import EntrypointType
 
 from diffusion_core.stages.settings import as_values, load_config, preset_names
+from flows.forms import FORMS
 from flows.pipeline import diffusion_pipeline
 from flows.stages import FLOWS
 
 INSTALLED = EntrypointType.MODULE_PATH  # workers run the package that they have installed, and pull no code
+EVERY_FIELD = "every field"
 
 
 def deployments(store: str) -> list[RunnerDeployment]:
-    """A deployment for each stage; those of the pipeline are named after the presets."""
-    return [*(_of_stage(flow) for flow in FLOWS.values()), *(_of_preset(name, store) for name in preset_names())]
+    """The forms, which know the store; one deployment for each stage; and one of the pipeline for each preset."""
+    return [
+        *(_of_form(name, flow, store) for name, flow in FORMS.items()),
+        *(_of_stage(flow) for flow in FLOWS.values()),
+        *(_of_preset(name, store) for name in preset_names()),
+    ]
+
+
+def _of_form(name: str, flow: Flow[..., Any], store: str) -> RunnerDeployment:
+    return _deployment(flow, name, ["form"], flow.description, {"store": store})
 
 
 def _of_stage(flow: Flow[..., Any]) -> RunnerDeployment:
-    return cast(RunnerDeployment, flow.to_deployment(name=flow.name, tags=["diffusion"], entrypoint_type=INSTALLED))
+    return _deployment(flow, flow.name, [EVERY_FIELD], flow.description, {})
 
 
 def _of_preset(name: str, store: str) -> RunnerDeployment:
     config = as_values(load_config(preset=name, shortcuts={"store": store}))
-    parameters: dict[str, Any] = {"config": config}
     text = f"The whole pipeline, with the values of the preset {name}."
-    deployment = diffusion_pipeline.to_deployment(
-        name=name, parameters=parameters, tags=["diffusion", "preset"], description=text, entrypoint_type=INSTALLED
+    return _deployment(diffusion_pipeline, name, ["preset", EVERY_FIELD], text, {"config": config})
+
+
+def _deployment(
+    flow: Flow[..., Any], name: str, tags: list[str], description: str | None, parameters: dict[str, Any]
+) -> RunnerDeployment:
+    made = flow.to_deployment(
+        name=name,
+        tags=["diffusion", *tags],
+        description=description,
+        parameters=parameters,
+        entrypoint_type=INSTALLED,
     )
-    return cast(RunnerDeployment, deployment)
+    return cast(RunnerDeployment, made)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 
 from diffusion_core.config import Config, execution
 from diffusion_core.tracking.flow_run import FlowRun
@@ -27,7 +28,7 @@ class Request(Config):
 
     store: str = execution(description="Root of the store: a local folder or s3://bucket/prefix.")
     resources: Resources = execution(default_factory=Resources)
-    asked_by: FlowRun | None = execution(None, description="The Prefect flow run that asked for it.")
+    asked_by: SkipJsonSchema[FlowRun | None] = execution(None, description="The Prefect flow run that asked for it.")
 
 
 class Account(Config):

@@ -21,6 +21,15 @@ Rows = list[tuple[str, str]]  # of a table: what it is, and its value
 
 
 @dataclass(frozen=True)
+class ShortForm:
+    """A deployment that asks for little: some of the options of a stage, the one that matters most first."""
+
+    name: str
+    summary: str
+    inputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Stage(Generic[RequestT, ResultT]):
     """One stage of the pipeline.
 
@@ -57,6 +66,8 @@ class Stage(Generic[RequestT, ResultT]):
     is_job: bool = True
     """Whether its work is a program of its own. What is none needs neither Ray nor room in the store for a job's files,
     and is done by the process of the flow, or of the command, which then needs no Prefect."""
+    short_forms: tuple[ShortForm, ...] = ()
+    """Beside the form that has all of its options."""
 
     @property
     def report(self) -> str:

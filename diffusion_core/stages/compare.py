@@ -40,11 +40,11 @@ class CompareResult(Result):
 
 
 class CompareOptions(o.Options):
-    model: Annotated[str, Field(description="Model whose samplers compete: name@alias, run or bundle.")]
+    model: Annotated[str, Field(title="Model", description="Model whose samplers compete: name@alias, run or bundle.")]
     dataset: o.Dataset = None
     sampler: Annotated[
         tuple[str, ...],
-        Field(description="A sampler to compare, as dpmpp_2m:10; again for each."),
+        Field(title="Samplers", description="A sampler to compare, as dpmpp_2m:10; each of several."),
         # A preset's reference and candidate are among its own contestants.
         o.Typed(
             "comparison.contestants", resets=("comparison.reference", "comparison.candidate"), metavar="KIND:STEPS"
@@ -52,26 +52,31 @@ class CompareOptions(o.Options):
     ] = ()
     reference: Annotated[
         str | None,
-        Field(description="The one that the others are measured against, as ddpm:250."),
+        Field(title="Reference", description="The one that the others are measured against, as ddpm:250."),
         o.Typed("comparison.reference"),
     ] = None
     candidate: Annotated[
         str | None,
-        Field(description="The one that is to be as good as the reference, as dpmpp_2m:10."),
+        Field(title="Candidate", description="The one that is to be as good as the reference, as dpmpp_2m:10."),
         o.Typed("comparison.candidate"),
     ] = None
     seeds: Annotated[
-        int | None, Field(description="Sets of images of each sampler."), o.Typed("comparison.seeds", metavar="N")
+        int | None,
+        Field(title="Seeds", description="Sets of images of each sampler."),
+        o.Typed("comparison.seeds", metavar="N"),
     ] = None
     images: Annotated[
-        int | None, Field(description="Images of each set."), o.Typed("comparison.images", metavar="N")
+        int | None,
+        Field(title="Images a set", description="Images of each set."),
+        o.Typed("comparison.images", metavar="N"),
     ] = None
     guidance: Annotated[
         float | None,
-        Field(description="Guidance scale of all samplers; 1 is neutral."),
+        Field(title="Guidance scale", description="Guidance scale of all samplers; 1 is neutral."),
         o.Typed("comparison.guidance.scale", metavar="N"),
     ] = None
     workers: o.Workers = None
+    gpus_per_worker: o.Gpus = None
 
     def request(self, config: PipelineConfig) -> CompareRequest:
         from diffusion_core.catalog import find

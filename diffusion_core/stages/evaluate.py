@@ -48,10 +48,13 @@ class EvaluateResult(Result):
 
 
 class EvaluateOptions(o.Options):
-    model: Annotated[str, Field(description="Model to measure: name@alias, name/version, run or bundle.")]
+    model: Annotated[
+        str, Field(title="Model", description="Model to measure: name@alias, name/version, run or bundle.")
+    ]
     dataset: o.Dataset = None
     samples: o.Samples = None
     workers: o.Workers = None
+    gpus_per_worker: o.Gpus = None
 
     def request(self, config: PipelineConfig) -> EvaluateRequest:
         from diffusion_core.catalog import find

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
@@ -16,8 +16,12 @@ if TYPE_CHECKING:
     from diffusion_core.jobs.backend import BackendConfig
     from diffusion_core.stages.config import PipelineConfig
 
-SigmaRel = Annotated[float, Field(ge=0.01, le=0.28, description="Relative width of the average, 0.01 to 0.28.")]
-ImagesSeen = Annotated[int | None, Field(ge=1, description="At which end of training; default: the last one.")]
+SigmaRel = Annotated[
+    float, Field(ge=0.01, le=0.28, title="Width", description="Relative width of the average, 0.01 to 0.28.")
+]
+ImagesSeen = Annotated[
+    int | None, Field(ge=1, title="Images seen", description="At which end of training; default: the last one.")
+]
 
 
 class ExportRequest(Request):
@@ -33,9 +37,11 @@ class ExportResult(Result):
 
 
 class ExportOptions(o.Options):
+    needs_configuration: ClassVar[bool] = False
+
     run: Annotated[
         str,
-        Field(description="Run, by its id or URI, that was trained with training.ema=power."),
+        Field(title="Run", description="Run, by its id or URI, that was trained with training.ema=power."),
         o.Typed(argument=True),
     ]
     sigma_rel: SigmaRel

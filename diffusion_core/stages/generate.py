@@ -6,12 +6,13 @@ import time
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
 from diffusion_core.config import UserError, execution
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.jobs.request import Request, Result
 from diffusion_core.stages import options as o
-from diffusion_core.stages.base import Rows, Stage, seconds
+from diffusion_core.stages.base import Rows, ShortForm, Stage, seconds
 from diffusion_core.stages.events import Event
 
 if TYPE_CHECKING:
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
 class GenerateRequest(Request):
     model: str = Field(description="Model: name@alias, name/version, a run, or the URI of a bundle.")
     generation: GenerationConfig = GenerationConfig()
-    bundle_uri: str | None = execution(
+    bundle_uri: SkipJsonSchema[str | None] = execution(
         None, description="The bundle of that version, where it is known: the registry is not asked for it then."
     )
-    asked: str | None = execution(
+    asked: SkipJsonSchema[str | None] = execution(
         None,
         pattern=r"^[A-Za-z0-9._-]{1,100}$",
         description="Who asks for new images, as the id of a scheduled run: the first request of each id makes new "
@@ -67,31 +68,40 @@ class GenerateResult(Result):
 
 
 class GenerateOptions(o.Options):
-    model: Annotated[str | None, Field(description="Model: name@alias, name/version, run or bundle.")] = None
+    model: Annotated[
+        str | None, Field(title="Model", description="Model: name@alias, name/version, run or bundle.")
+    ] = None
     name: o.Name = None
     count: o.Count = None
     first_image_id: o.FirstImageId = None
     labels: o.Labels = None
     sampler: Annotated[
         str | None,
-        Field(description="Sampler of the generation, as ddim or dpmpp_2m."),
+        Field(title="Sampler", description="Sampler of the generation, as ddim or dpmpp_2m."),
         o.Typed("generation.sampler.kind"),
     ] = None
     steps: Annotated[
         int | None,
-        Field(description="Sampler steps of the generation."),
+        Field(title="Sampler steps", description="Sampler steps of the generation."),
         o.Typed("generation.sampler.steps", metavar="N"),
     ] = None
     guidance: Annotated[
         float | None,
-        Field(description="Guidance scale of the generation; 1 is neutral."),
+        Field(title="Guidance scale", description="Guidance scale of the generation; 1 is neutral."),
         o.Typed("generation.guidance.scale", metavar="N"),
     ] = None
     seed: Annotated[
-        int | None, Field(description="Seed of the generation."), o.Typed("generation.seed", metavar="N")
+        int | None,
+        Field(title="Seed", description="Seed of the generation."),
+        o.Typed("generation.seed", metavar="N"),
     ] = None
-    format: Annotated[str | None, Field(description="parquet, webdataset or png."), o.Typed("generation.format")] = None
+    format: Annotated[
+        str | None,
+        Field(title="Format", description="How images are stored: parquet, webdataset or png."),
+        o.Typed("generation.format"),
+    ] = None
     workers: o.Workers = None
+    gpus_per_worker: o.Gpus = None
 
     def request(self, config: PipelineConfig) -> GenerateRequest:
         from diffusion_core.catalog import find
@@ -208,4 +218,11 @@ STAGE = Stage(
     events=events,
     picture=lambda result: result.contact_sheet,
     mlflow=lambda result: None if result.model_version.startswith("bundle/") else f"models:/{result.model_version}",
+    short_forms=(
+        ShortForm(
+            "generate-from-champion",
+            "New images of a registered model's champion.",
+            ("name", "count", "labels", "format", "store"),
+        ),
+    ),
 )

@@ -1,4 +1,4 @@
-"""What a person types: the options of a verb, which are the fields of a form, and what of the configuration they set.
+"""What a person says: the options of a verb, which are the inputs of a form, and what of the configuration they set.
 
 An option that sets a field of the configuration is checked there, which says which field does not accept which value.
 """
@@ -34,6 +34,7 @@ class Typed:
         metavar: what the value is called in the help.
         environment: variable with its default.
         argument: it is typed without a flag.
+        asked_in_forms: also a form has it.
     """
 
     sets: str | Callable[[Any], Mapping[str, Any]] | None = None
@@ -42,6 +43,7 @@ class Typed:
     metavar: str | None = None
     environment: str | None = None
     argument: bool = False
+    asked_in_forms: bool = True
 
     def values(self, value: Any) -> Mapping[str, Any]:
         """Values of the configuration by path."""
@@ -86,59 +88,96 @@ def _workers(workers: Any) -> dict[str, Any]:
     return {f"resources.{stage}.workers": workers for stage in StageResources.model_fields}
 
 
+def _gpus(gpus: Any) -> dict[str, Any]:
+    return {f"resources.{stage}.gpus_per_worker": gpus for stage in ("train", "evaluate", "generate")}
+
+
 Preset = Annotated[
     str | None,
-    Field(description="Start from a preset: digits, fashion-mnist, cifar10, digits-flow, …"),
+    Field(title="Preset", description="Start from a preset: digits, fashion-mnist, cifar10, digits-flow, …"),
     Typed(flags=("--preset", "-p")),
 ]
 ConfigFile = Annotated[
-    str | None, Field(description="Start from a YAML file."), Typed(flags=("--config", "-c"), metavar="FILE")
+    str | None,
+    Field(description="Start from a YAML file."),
+    Typed(flags=("--config", "-c"), metavar="FILE", asked_in_forms=False),
 ]
 Settings = Annotated[
     tuple[str, ...],
-    Field(description="Override any field, as training.batch_size=256."),
+    Field(title="Overrides", description="Override any field, as training.batch_size=256."),
     Typed(flags=("--set", "-s"), metavar="FIELD=VALUE"),
 ]
 Store = Annotated[
     str | None,
-    Field(description="Root of the store: a folder or s3://bucket/prefix."),
+    Field(title="Store", description="Root of the store: a folder or s3://bucket/prefix."),
     Typed("store", environment="DIFFUSION_STORE"),
 ]
-Backend = Annotated[str | None, Field(description="local, or jobs (the Ray Jobs API)."), Typed("backend.kind")]
-Name = Annotated[str | None, Field(description="Name of the dataset, the experiment and the model."), Typed("name")]
-Workers = Annotated[int | None, Field(description="Workers of each stage."), Typed(_workers, metavar="N")]
+Backend = Annotated[
+    str | None,
+    Field(title="Where jobs run", description="local, or jobs (the Ray Jobs API)."),
+    Typed("backend.kind"),
+]
+Name = Annotated[
+    str | None, Field(title="Name", description="Name of the dataset, the experiment and the model."), Typed("name")
+]
+Workers = Annotated[
+    int | None, Field(title="Workers", description="Workers of each stage."), Typed(_workers, metavar="N")
+]
+Gpus = Annotated[
+    float | None,
+    Field(title="GPUs per worker", description="GPUs of each worker that trains, evaluates or generates."),
+    Typed(_gpus, metavar="N"),
+]
 Source = Annotated[
-    str | None, Field(description="Where the images are: folder, file or s3:// URI, or digits."), Typed(_source)
+    str | None,
+    Field(title="Source", description="Where the images are: folder, file or s3:// URI, or digits."),
+    Typed(_source),
 ]
 ImageSize = Annotated[
-    str | None, Field(description="Size in pixels, as 32, or height and width, as 32x48."), Typed(_image_size)
+    str | None,
+    Field(title="Image size (pixels)", description="Size in pixels, as 32, or height and width, as 32x48."),
+    Typed(_image_size),
 ]
-Dataset = Annotated[str | None, Field(description="Dataset: name (its newest version), name@version, or URI.")]
+Dataset = Annotated[
+    str | None, Field(title="Dataset", description="Dataset: name (its newest version), name@version, or URI.")
+]
 Images = Annotated[
-    int | None, Field(description="Train until this many images were seen."), Typed("training.images", metavar="N")
+    int | None,
+    Field(title="Training length (images)", description="Train until this many images were seen."),
+    Typed("training.images", metavar="N"),
 ]
 TimeBudget = Annotated[
-    str | None, Field(description="Stop training after this time, as 20m or 1200."), Typed(_time_budget)
+    str | None,
+    Field(title="Training time (as 20m or 1h30m)", description="Stop training after this time, as 20m or 1200."),
+    Typed(_time_budget),
 ]
 BatchSize = Annotated[
-    int | None, Field(description="Images of one optimizer step."), Typed("training.batch_size", metavar="N")
+    int | None,
+    Field(title="Batch size (images)", description="Images of one optimizer step."),
+    Typed("training.batch_size", metavar="N"),
 ]
 InitFrom = Annotated[
     str | None,
-    Field(description="Model to start training from: name@alias, run or bundle."),
+    Field(title="Start from model", description="Model to start training from: name@alias, run or bundle."),
     Typed("training.init_from"),
 ]
 Samples = Annotated[
-    int | None, Field(description="Images that the evaluation generates."), Typed("evaluation.samples", metavar="N")
+    int | None,
+    Field(title="Images to measure", description="Images that the evaluation generates."),
+    Typed("evaluation.samples", metavar="N"),
 ]
-Count = Annotated[int | None, Field(description="Images to generate."), Typed("generation.count", metavar="N")]
+Count = Annotated[
+    int | None, Field(title="Images to make", description="Images to generate."), Typed("generation.count", metavar="N")
+]
 FirstImageId = Annotated[
     int | None,
     Field(description="First image id; default: the configuration's, else the next free one."),
-    Typed("generation.first_image_id", metavar="N"),
+    Typed("generation.first_image_id", metavar="N", asked_in_forms=False),
 ]
 Labels = Annotated[
-    str | None, Field(description="balanced, classes as 3,5 or cat,dog, or a file of labels."), Typed(_labels)
+    str | None,
+    Field(title="Classes", description="balanced, classes as 3,5 or cat,dog, or a file of labels."),
+    Typed(_labels),
 ]
 
 
@@ -147,6 +186,8 @@ class Options(Config):
 
     needs_source: ClassVar[bool] = False
     """Whether the source of the images has to be said."""
+    needs_configuration: ClassVar[bool] = True
+    """Whether the stage reads the configuration, beyond store and backend; only then a form asks for it."""
 
     preset: Preset = None
     config: ConfigFile = None
@@ -159,12 +200,13 @@ class Options(Config):
         raise NotImplementedError
 
 
-def understood(kind: type[OptionsT], given: Mapping[str, Any]) -> tuple[OptionsT, PipelineConfig]:
+def understood(kind: type[OptionsT], given: Mapping[str, Any], where: str = "--set") -> tuple[OptionsT, PipelineConfig]:
     """The options that are given, and the configuration that they make.
 
     Args:
         kind: which options there are.
         given: values by name, as text or as they are; None, or an empty list, is not given.
+        where: what the settings are called in the sentence about a wrong one.
 
     Raises:
         UserError: one sentence that names the first option or field that is wrong.
@@ -184,7 +226,7 @@ def understood(kind: type[OptionsT], given: Mapping[str, Any]) -> tuple[OptionsT
         shortcuts.update(option.values(given[name]))
         settings = [*(f"{path}=null" for path in option.resets), *settings]
     unneeded = None if kind.needs_source else {"name": "diffusion", "source": {"kind": "digits"}}
-    config = load_config(preset, file, settings, shortcuts, unneeded)
+    config = load_config(preset, file, settings, shortcuts, unneeded, where)
     try:
         return kind.model_validate(given), config
     except ValidationError as error:

@@ -88,17 +88,18 @@ class PipelineResult(Config):
 class PipelineOptions(o.Options):
     needs_source: ClassVar[bool] = True
 
-    name: o.Name = None
     source: o.Source = None
+    name: o.Name = None
     image_size: o.ImageSize = None
-    images: o.Images = None
     time_budget: o.TimeBudget = None
+    images: o.Images = None
     batch_size: o.BatchSize = None
     init_from: o.InitFrom = None
     samples: o.Samples = None
     count: o.Count = None
     first_image_id: o.FirstImageId = None
     workers: o.Workers = None
+    gpus_per_worker: o.Gpus = None
 
 
 def check(config: PipelineConfig) -> None:

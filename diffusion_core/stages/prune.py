@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
@@ -48,13 +48,15 @@ class PruneResult(Result):
 
 
 class PruneOptions(o.Options):
+    needs_configuration: ClassVar[bool] = False
+
     older_than: Annotated[
         str | None, Field(description=f"Age from which things may go, as 30d or 24h; default: {OLDER_THAN}.")
     ] = None
     unused: Annotated[
         bool, Field(description="Also runs, datasets and figures that nothing needs, not only job files.")
     ] = False
-    yes: Annotated[bool, Field(description="Delete; without it, only say what would go.")] = False
+    yes: Annotated[bool, Field(title="Delete", description="Delete; without it, only say what would go.")] = False
 
     def request(self, config: PipelineConfig) -> PruneRequest:
         older_than = self.older_than or OLDER_THAN

@@ -64,10 +64,11 @@ class RegisterResult(Result):
 
 
 class RegisterOptions(o.Options):
-    model: Annotated[str, Field(description="Bundle or run to register.")]
+    model: Annotated[str, Field(title="Model", description="Bundle or run to register.")]
     name: o.Name = None
     dataset: o.Dataset = None
     workers: o.Workers = None
+    gpus_per_worker: o.Gpus = None
 
     def request(self, config: PipelineConfig) -> RegisterRequest:
         """Under the name of its dataset, unless another is given."""

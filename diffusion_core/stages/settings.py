@@ -162,7 +162,7 @@ def split_setting(text: str, where: str = "--set") -> tuple[str, Any]:
     path, separator, value = text.partition("=")
     path = path.strip()
     if not separator or not path:
-        raise UserError(f"{where} {text}: give a field and a value, as {where} training.batch_size=256.")
+        raise UserError(f"{where} {text}: give a field and a value, as training.batch_size=256.")
     try:
         return path, _parse_yaml(value)
     except yaml.YAMLError:

@@ -49,6 +49,7 @@ class TrainOptions(o.Options):
     batch_size: o.BatchSize = None
     init_from: o.InitFrom = None
     workers: o.Workers = None
+    gpus_per_worker: o.Gpus = None
 
     def request(self, config: PipelineConfig) -> TrainRequest:
         from diffusion_core.catalog import find

@@ -87,13 +87,14 @@ from flows.deploy import deployments
 from flows.stages import FLOWS
 
 assert FLOWS["census"].name == "take-census"
-made = next(each for each in deployments(sys.argv[1]) if each.flow_name == "take-census")
-print(made.name, *made._parameter_openapi_schema.definitions["CensusRequest"]["properties"])
+form, full = (each for each in deployments(sys.argv[1]) if each.flow_name == "take-census")
+print(form.name, *form._parameter_openapi_schema.properties)
+print(full.name, *full._parameter_openapi_schema.definitions["CensusRequest"]["properties"])
 """
 
 
 def test_a_new_stage_is_one_file_and_one_line(extended: Path, tmp_path: Path) -> None:
-    """It is a verb, the program of a job, a flow, and a deployment with a form."""
+    """It is a verb, the program of a job, a flow, a form for people, and a deployment with every field."""
     verbs = run(extended, "-m", "flows.cli", "--help")
     assert "census            Count the images of a dataset version." in verbs.stdout, verbs.stderr
     assert "--dataset" in run(extended, "-m", "flows.cli", "census", "--help").stdout
@@ -105,4 +106,5 @@ def test_a_new_stage_is_one_file_and_one_line(extended: Path, tmp_path: Path) ->
     assert json.loads((tmp_path / "result.json").read_text())["images"] == 3
 
     shown = run(extended, "-c", ASK_PREFECT, str(tmp_path))
-    assert shown.stdout == "take-census store resources asked_by dataset_uri\n", shown.stderr
+    form = "census dataset preset store backend overrides"
+    assert shown.stdout == f"{form}\ntake-census store resources dataset_uri\n", shown.stderr

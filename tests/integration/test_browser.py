@@ -1,0 +1,97 @@
+"""Prefect's UI as a person meets it: a form is filled in, clicked, and its run looked at, in a real browser.
+
+One stack serves all tests of this file, in their order, because starting one takes long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from diffusion_core.store import Directory
+from tests.browser import CHROMIUM, Form, OnlyLoopback, browser_page, show_report
+from tests.integration.test_stack import Api, diffusion, free_port
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium; on Debian: apt-get install chromium"),
+]
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where the UI of a stack is."""
+    store = Directory(tmp_path_factory.mktemp("browser") / "store").uri
+    ports = ("--prefect-port", free_port(), "--mlflow-port", free_port())
+    try:
+        services = diffusion("stack", "up", "--store", store, *ports)
+        yield next(service["url"] for service in services if service["name"] == "prefect")
+    finally:
+        diffusion("stack", "down", "--store", store)
+
+
+@pytest.fixture(scope="module")
+def browser(url: str) -> Iterator[tuple[Page, OnlyLoopback]]:
+    with browser_page() as opened:
+        yield opened
+
+
+@pytest.fixture
+def page(browser: tuple[Page, OnlyLoopback]) -> Iterator[Page]:
+    """The page, which has asked for nothing but loopback at the end of each test."""
+    page, gate = browser
+    yield page
+    assert gate.refused == []
+
+
+@pytest.fixture
+def form(page: Page, url: str) -> Form:
+    return Form(page, url, Api(url).deployments()["diffusion-pipeline/pipeline"]["id"])
+
+
+def _state(url: str, run_id: str, page: Page) -> Any:
+    """The final state of a run, with the browser on its page."""
+    page.goto(f"{url}/runs/flow-run/{run_id}")
+    return Api(url).wait_for(run_id, "COMPLETED", "FAILED", "CRASHED", seconds=240)["state"]
+
+
+def test_the_form_is_one_screen_and_shows_in_seconds(form: Form) -> None:
+    form.shows("Overrides", within_s=60)  # the server and the browser are cold
+    form.open()
+    form.shows("Overrides", within_s=5)
+    assert 10 <= form.inputs.count() <= 25
+
+
+def test_a_wrong_override_line_is_one_sentence(form: Form, page: Page, url: str) -> None:
+    form.choose("Preset", "digits")
+    form.fill("Overrides", "training.bach_size: 256")
+    run_id = form.submit()
+    state = _state(url, run_id, page)
+    assert state["type"] == "FAILED" and state["message"].count("\n") == 0
+    sentence = "overrides training.bach_size: there is no such field, did you mean training.batch_size"
+    assert sentence in state["message"]
+    expect(page.get_by_text(sentence).first).to_be_visible()
+
+
+def test_a_run_started_by_clicks_completes_and_shows_its_report(form: Form, page: Page, url: str) -> None:
+    form.choose("Preset", "digits")
+    form.fill("Training length (images)", "640")
+    form.fill("Images to measure", "100")
+    form.fill("Images to make", "32")
+    form.fill("Overrides", "evaluation.classifier.images: 2000")
+    run_id = form.submit()
+    said = Api(url).run(run_id)["parameters"]
+    assert "store" in said and {"images": 640, "samples": 100, "count": 32}.items() <= said.items()
+    assert "batch_size" not in said, "what is left empty is not said"
+    state = _state(url, run_id, page)
+    assert state["type"] == "COMPLETED", state["message"]
+
+    show_report(page, "pipeline")
+    picture = page.locator("img[src^='data:image/png']").first
+    expect(picture).to_be_visible()
+    assert picture.evaluate("image => image.naturalWidth") > 50
+    expect(page.get_by_text("32 images, 32 new").first).to_be_visible()
