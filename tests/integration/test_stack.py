@@ -43,6 +43,8 @@ QUEUES = {
     "export-average/export-average": "default",
     "register-model/register-model": "default",
     "generate-images/generate-images": "generation",
+    "diffusion-pipeline/pipeline": "training",
+    "generate-images/generate-from-champion": "generation",
     "diffusion-pipeline/digits": "training",
     "diffusion-pipeline/fashion-mnist": "training",
     "diffusion-pipeline/cifar10": "training",
