@@ -17,7 +17,7 @@ from tests.integration.test_stack import Api, diffusion, free_port
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
     pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium; on Debian: apt-get install chromium"),
 ]
 
@@ -56,7 +56,7 @@ def form(page: Page, url: str) -> Form:
 def _state(url: str, run_id: str, page: Page) -> Any:
     """The final state of a run, with the browser on its page."""
     page.goto(f"{url}/runs/flow-run/{run_id}")
-    return Api(url).wait_for(run_id, "COMPLETED", "FAILED", "CRASHED", seconds=240)["state"]
+    return Api(url).wait_for(run_id, "COMPLETED", "FAILED", "CRASHED", seconds=400)["state"]
 
 
 def test_the_form_is_one_screen_and_shows_in_seconds(form: Form) -> None:
