@@ -29,7 +29,7 @@ class Unreachable(UserError):
 
 
 _SQLITE = "sqlite:///"
-_REACH_TIMEOUT_S = 3
+_REACH_TIMEOUT_S = 10  # a busy server answers late; one that refuses does so at once
 
 
 def tracking_uri(store: str | Directory) -> str:
