@@ -6,14 +6,15 @@ BIN := .venv/bin
 ASKED := $(shell cat pyproject.toml infra/constraints.txt | cksum | cut -d' ' -f1)
 DEMO_READY := .venv/ready-demo-$(ASKED)
 TEST_READY := .venv/ready-test-$(ASKED)
-PYTEST := $(BIN)/python -m pytest --durations=20
+# Two files beside each other: most tests wait for servers and clusters to start, rather than for a core.
+PYTEST := $(BIN)/python -m pytest --durations=20 -n 2 --dist loadfile
 
 .PHONY: help demo install test test-all chaos lint bench constraints clean
 
 help:
 	@echo "make demo       the whole pipeline on real images: shows where everything is"
 	@echo "make test       lint, types and the test suite (at most 15 minutes on 2 cores)"
-	@echo "make test-all   the long acceptance tests too (at most 45 minutes)"
+	@echo "make test-all   the long acceptance tests too (at most 60 minutes)"
 	@echo "make chaos      kills each part of a running stack, and reports what became of the work (about 40 minutes)"
 	@echo "make lint       ruff, import rules and mypy alone"
 	@echo "make bench      speed of training and sampling beside diffusers"
@@ -24,13 +25,12 @@ demo: $(DEMO_READY)
 
 install: $(TEST_READY)
 
-# Unit tests run beside each other; those that start Ray, Prefect or servers have the machine to themselves.
 test: lint
-	$(PYTEST) -n 2 --dist loadfile tests/unit
+	$(PYTEST) tests/unit
 	$(PYTEST) tests/integration tests/faults
 
 test-all: lint
-	$(PYTEST) -n 2 --dist loadfile -m "not benchmark" tests/unit
+	$(PYTEST) -m "not benchmark" tests/unit
 	$(PYTEST) -m "not benchmark" tests/integration tests/faults tests/acceptance
 
 chaos: $(TEST_READY)

@@ -88,9 +88,9 @@ def disable(name: Name, store: o.Store = None) -> None:
 
 def _adopted(store: str | None) -> str:
     """The store that is meant, with the servers of its stack."""
-    from flows import stack
+    from flows.stack import services
 
-    stack.adopt(store or DEFAULT_STORE)
+    services.adopt(store or DEFAULT_STORE)
     return store or DEFAULT_STORE
 
 

@@ -1,7 +1,4 @@
-"""Processes: their identity, starting one in a session of its own, and ending it.
-
-A process id alone names nothing for long, because the system gives it out again; with the time of the start it does.
-"""
+"""Processes of this machine: starting one in a session of its own, and ending it."""
 
 from __future__ import annotations
 
@@ -14,9 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusion_core.config import UserError
+from diffusion_core.processes import started
 
-PROC = Path("/proc")
 PATIENCE_S = 30.0
 KILL_PATIENCE_S = 5.0
 
@@ -28,6 +24,11 @@ class Process:
     pid: int
     started: str
 
+    @classmethod
+    def named(cls, pid: int) -> Process:
+        """The process that has this id now; one that is gone is never alive."""
+        return cls(pid, started(pid) or "")
+
     @property
     def alive(self) -> bool:
         return bool(self.started) and started(self.pid) == self.started
@@ -35,7 +36,7 @@ class Process:
 
 def this() -> Process:
     """The process that asks."""
-    return Process(os.getpid(), started(os.getpid()))
+    return Process.named(os.getpid())
 
 
 def start(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Process:
@@ -49,7 +50,7 @@ def start(command: Sequence[str], environment: Mapping[str, str], log: Path) -> 
             env={**os.environ, **environment},
             start_new_session=True,
         )
-    return Process(process.pid, started(process.pid))
+    return Process.named(process.pid)
 
 
 def end(process: Process, patience_s: float = PATIENCE_S) -> None:
@@ -82,19 +83,3 @@ def _reap(pid: int) -> None:
     """Of a child of this very process, take the exit status: it would stay a zombie."""
     with suppress(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)
-
-
-def started(pid: int) -> str:
-    """When a process started, as text that differs between two processes of the same id; empty if there is none."""
-    if (PROC / "self/stat").exists():  # Linux, where slim images have no ps
-        try:
-            fields = (PROC / f"{pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            return ""
-        return "" if fields[0] in "ZX" else f"{fields[19]} ticks after the boot"
-    try:
-        shown = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True)
-    except FileNotFoundError:
-        raise UserError("stack: the program ps is needed to look after its processes; install it (procps).") from None
-    state, _, started = shown.stdout.strip().partition(" ")
-    return "" if state.startswith("Z") else started.strip()

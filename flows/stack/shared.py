@@ -1,7 +1,8 @@
-"""`infra/prefect.yaml`: the pool, its queues and all deployments, for a Prefect server that a team shares.
+"""`infra/prefect.yaml`: the pool, its queues, all deployments and automations, for a server that a team shares.
 
 `python -m flows.stack.shared` prints the file. With `--pools` it makes the pool and its queues on the server of
-PREFECT_API_URL, which Prefect's own `prefect deploy` does not do.
+PREFECT_API_URL, which Prefect's own `prefect deploy` does not do; nor does it make automations, which are off until
+somebody enables one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from diffusion_core.stages.config import PipelineConfig
+from flows.automations import PREFIX, SHIPPED, WEBHOOK_VARIABLE, Shipped
 from flows.runner import prepare_prefect
 from flows.stack import pool
 
@@ -23,11 +25,12 @@ if TYPE_CHECKING:
 STORE = "s3://the-store-of-prefect-yaml"
 FROM_ENVIRONMENT = "{{ $DIFFUSION_STORE }}"  # what `prefect deploy` puts the variable's value in for
 HEADER = """\
-# Work pool, queues and deployments for a shared Prefect server: python -m flows.stack.shared > infra/prefect.yaml
+# What a shared Prefect server knows of this product: python -m flows.stack.shared > infra/prefect.yaml
 #   export PREFECT_API_URL=http://server:4200/api DIFFUSION_STORE=s3://bucket/prefix
 #   python -m flows.stack.shared --pools                       # `prefect deploy` makes no pools
 #   prefect --no-prompt deploy --all --prefect-file infra/prefect.yaml
 #   prefect worker start --pool diffusion --type process       # on each machine that runs flows, with the package
+#   diffusion automation enable champion-generates             # the automations are off until they are enabled
 """
 
 
@@ -39,6 +42,7 @@ def text() -> str:
         "work_pools": [{"name": pool.POOL, "type": "process", "queues": queues}],
         "pull": [],
         "deployments": [_as_values(deployment) for deployment in pool.deployments(STORE)],
+        "automations": [_automation(shipped) for shipped in SHIPPED],
     }
     body = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
     return HEADER + body.replace(STORE, f'"{FROM_ENVIRONMENT}"')
@@ -53,6 +57,15 @@ def _as_values(deployment: RunnerDeployment) -> dict[str, Any]:
         "parameters": _sparse(deployment.parameters),
         "work_pool": {"name": pool.POOL, "work_queue_name": deployment.work_queue_name},
     }
+
+
+def _automation(shipped: Shipped) -> dict[str, Any]:
+    trigger = shipped.trigger.model_dump(mode="json", exclude_defaults=True)
+    trigger = {name: sorted(value) if name in ("expect", "after") else value for name, value in trigger.items()}
+    runs = {"deployment": shipped.deployment, "parameters": shipped.parameters}
+    action = {"run": runs} if shipped.deployment else {"call_webhook": f"${WEBHOOK_VARIABLE}"}
+    name = PREFIX + shipped.name
+    return {"name": name, "enabled": False, "description": shipped.description, "trigger": trigger, **action}
 
 
 def _sparse(parameters: Mapping[str, Any]) -> dict[str, Any]:

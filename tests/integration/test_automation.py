@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -188,7 +189,11 @@ def test_an_answer_from_the_ui_from_a_shell_and_none_also_across_a_restart(
 ) -> None:
     monkeypatch.setattr(waiting, "POLL_S", 0.5)
     with ThreadPoolExecutor(3) as pool:
-        futures = [pool.submit(asks, registry, version, 600 if version < 3 else 25) for version in (1, 2, 3)]
+        # A thread has a context of its own, and which server is meant stands in the context.
+        futures = [
+            pool.submit(copy_context().run, asks, registry, version, 150 if version < 3 else 25)
+            for version in (1, 2, 3)
+        ]
         paused = {"flow_runs": {"state": {"type": {"any_": ["PAUSED"]}}}}
         runs = wait_for(lambda: len(found := server.post("flow_runs/filter", paused)) == 3 and found, "three questions")
         of_version = {run["parameters"]["version"]: run["id"] for run in runs}

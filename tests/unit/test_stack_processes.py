@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from diffusion_core import processes as identity
 from diffusion_core.config import UserError
 from flows import processes
 from flows.processes import Process
@@ -23,25 +24,25 @@ SYSTEMS = [
 
 @pytest.mark.parametrize("proc", SYSTEMS)
 def test_when_a_process_started(proc: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "PROC", Path(proc))
+    monkeypatch.setattr(identity, "PROC", Path(proc))
     if proc == "/proc":
         monkeypatch.setenv("PATH", "")
-    started = processes.started(os.getpid())
-    assert started and processes.started(os.getpid()) == started
+    started = identity.started(os.getpid())
+    assert started and identity.started(os.getpid()) == started
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    assert processes.started(child.pid)
+    assert identity.started(child.pid)
     child.kill()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    assert processes.started(child.pid) == "", "a zombie"
+    assert identity.started(child.pid) is None, "a zombie"
     child.communicate()
-    assert processes.started(child.pid) == ""
+    assert identity.started(child.pid) is None
 
 
 def test_without_proc_and_ps_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "PROC", Path("/nowhere"))
+    monkeypatch.setattr(identity, "PROC", Path("/nowhere"))
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="program ps"):
-        processes.started(os.getpid())
+        identity.started(os.getpid())
 
 
 def test_a_group_ends_with_the_members_that_do_not_want_to(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ ALIVE = processes.this()
 @pytest.fixture(scope="module")
 def dead() -> Process:
     child = subprocess.Popen([sys.executable, "-c", "pass"])
-    process = Process(child.pid, processes.started(child.pid))
+    process = Process.named(child.pid)
     child.wait()
     return process
 
