@@ -14,7 +14,7 @@ from PIL import Image
 from playwright.sync_api import Page, expect
 
 from tests.browser import HEIGHT, WIDTH, Form, browser_page, show_report
-from tests.integration.test_stack import Api, diffusion, free_port
+from tests.local_stack import Api, diffusion, free_port
 
 LIMIT_BYTES = 150_000
 COLOURS = 64

@@ -13,7 +13,7 @@ from playwright.sync_api import Page, expect
 
 from diffusion_core.store import Directory
 from tests.browser import CHROMIUM, Form, OnlyLoopback, browser_page, show_report
-from tests.integration.test_stack import Api, diffusion, free_port
+from tests.local_stack import Api, diffusion, free_port
 
 pytestmark = [
     pytest.mark.slow,
