@@ -88,6 +88,7 @@ class _Estimate:
         looping = min(needed, budget)
         images = round(work.images * looping / needed) if needed else 0
         batch = training.batch_size
+        kept = min(training.keep_checkpoints, math.ceil(images / training.checkpoint_every_images))
         workers = self.config.resources.train.workers
         held = min(self.outlook.rows.get("train", 0) * self.raw, training.memory_budget_mb << 20)
         return StagePlan(
@@ -95,7 +96,7 @@ class _Estimate:
             state=work.state,
             images=images,
             steps=math.ceil(images / batch),
-            bytes=round(training.keep_checkpoints * figures["checkpoint_bytes"] + figures["bundle_bytes"]),
+            bytes=round(kept * figures["checkpoint_bytes"] + figures["bundle_bytes"]),
             seconds=part.ready_s
             + self.ray_s
             + figures["record_s"]

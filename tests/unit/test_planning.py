@@ -79,6 +79,8 @@ def test_a_time_budget_caps_the_training_and_what_was_spent_counts() -> None:
     assert capped.seconds == 1 + RAY_S + 3 + 2 + 60 + 5 and capped.images == 60 * 64
     saving = planned("training.batch_size=64", "training.checkpoint_every_images=6400", train=work)["train"]
     assert saving.seconds == 1 + RAY_S + 3 + 2 + 1000 + 10 + 5
+    # Of ten checkpoints three are kept, of one it is that one.
+    assert (saving.bytes, capped.bytes) == (3 * 1000 + 100, 1000 + 100)
 
 
 def test_what_is_done_takes_seconds_and_needs_no_trial() -> None:
