@@ -87,20 +87,26 @@ def make(store: str, prefect_port: int | None, mlflow_port: int | None, with_ray
 
 def _port(store: str, name: str, asked: int | None) -> int:
     """The port of a service, or a free one. One that died gets its own again: whatever lives looks for it there."""
-    title, option = TITLES[name], f"--{name}-port"
+    option = f"--{name}-port"
     service = services.known(store, name)
     own = port_of(service) if service else None
     if own and asked not in (None, own) and any(other.alive for other in services.status(store)):
         raise UserError(
-            f"{option}: {title} of this store's stack runs on port {own} already; leave the option out, or end "
+            f"{option}: {TITLES[name]} of this store's stack runs on port {own} already; leave the option out, or end "
             f"the stack first with diffusion stack down."
         )
     port = asked or own or PORTS[name]
-    if port != own and _answers(port):  # of one that died something may live on there, which is ended first
+    if port != own:  # of one that died something may live on there, which is ended first
+        check_free(name, port)
+    return port
+
+
+def check_free(name: str, port: int) -> None:
+    """Nothing listens on the port of a service that is to start, or the sentence says whose it is."""
+    if _answers(port):
         other = services.holder(port)
         by = f"the stack of the store {other}" if other else "another program"
-        raise UserError(f"{option}: port {port} is taken by {by}; choose another one for {title}.")
-    return port
+        raise UserError(f"--{name}-port: port {port} is taken by {by}; choose another one for {TITLES[name]}.")
 
 
 def _answers(port: int) -> bool:
