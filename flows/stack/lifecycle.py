@@ -91,6 +91,8 @@ def _take_down(worker: Service, prefect: Service | None) -> None:
 def _ensure(store: str, command: Command) -> Service:
     if running := services.running(store, command.name):
         return running
+    if dead := services.known(store, command.name):
+        processes.end_group(dead.process)  # what it started may have outlived it
     place = services.folder(store)
     if command.name == "ray":
         ray_head.make_token(place)

@@ -75,7 +75,7 @@ def make(store: str, prefect_port: int | None, mlflow_port: int | None, with_ray
     servers = [_prefect(store, ports["prefect"])]
     if not named:
         servers.append(_mlflow(store, ports["mlflow"]))
-    if with_ray or services.running(store, "ray"):
+    if with_ray or services.known(store, "ray"):
         servers.append(_ray(store))
     environment = {name: value for server in servers for name, value in server.offers.items()}
     record = named or environment.get("MLFLOW_TRACKING_URI") or tracking_uri(store)
@@ -85,18 +85,17 @@ def make(store: str, prefect_port: int | None, mlflow_port: int | None, with_ray
 
 
 def _port(store: str, name: str, asked: int | None) -> int:
-    """The port of a service: that of the running one, or a free one. Nothing is started."""
+    """The port of a service, or a free one. One that died gets its own again: whatever lives looks for it there."""
     title, option = TITLES[name], f"--{name}-port"
-    if service := services.running(store, name):
-        port = port_of(service)
-        if asked not in (None, port):
-            raise UserError(
-                f"{option}: {title} of this store's stack runs on port {port} already; leave the option out, or end "
-                f"the stack first with diffusion stack down."
-            )
-        return port
-    port = asked or PORTS[name]
-    if _answers(port):
+    service = services.known(store, name)
+    own = port_of(service) if service else None
+    if own and asked not in (None, own) and any(other.alive for other in services.status(store)):
+        raise UserError(
+            f"{option}: {title} of this store's stack runs on port {own} already; leave the option out, or end "
+            f"the stack first with diffusion stack down."
+        )
+    port = asked or own or PORTS[name]
+    if port != own and _answers(port):  # of one that died something may live on there, which is ended first
         other = services.holder(port)
         by = f"the stack of the store {other}" if other else "another program"
         raise UserError(f"{option}: port {port} is taken by {by}; choose another one for {title}.")
@@ -112,7 +111,7 @@ def _answers(port: int) -> bool:
 def _named_mlflow(store: str) -> str | None:
     """The MLflow that the user's environment names, unless it is that of this very stack."""
     named = os.environ.get("MLFLOW_TRACKING_URI")
-    own = services.running(store, "mlflow")
+    own = services.known(store, "mlflow")
     return None if own and named and named.rstrip("/") == own.url else named
 
 
@@ -150,9 +149,10 @@ def _mlflow(store: str, port: int) -> Command:
 
 
 def _ray(store: str) -> Command:
-    if service := services.running(store, "ray"):
+    service = services.known(store, "ray")
+    if service and service.alive:
         return Command("ray", (), port=port_of(service), offers=service.offers)
-    head = ray_head.plan(services.folder(store))
+    head = ray_head.plan(services.folder(store), service.offers if service else {})
     return Command("ray", head.words, head.environment, head.port, head.offers)
 
 

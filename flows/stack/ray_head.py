@@ -37,9 +37,17 @@ class RayHead:
     offers: Mapping[str, str]
 
 
-def plan(folder: Path) -> RayHead:
-    """A head on free ports. Its token file is made by `make_token`, before the head is started."""
+def plan(folder: Path, before: Mapping[str, str]) -> RayHead:
+    """A head on free ports, or where one that died was. Its token file is made by `make_token`, before it is started.
+
+    Args:
+        folder: where the token file lies.
+        before: what a head that died offered, which others go on to use; empty if there was none.
+    """
     ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
+    if before:
+        ports["port"] = _port_in(before["RAY_ADDRESS"])
+        ports["dashboard-port"] = _port_in(before["RAY_API_SERVER_ADDRESS"])
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / TOKEN)}
     words = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats"]
     # Without the node's address Ray replaces 127.0.0.1 by that of a network interface and listens there.
@@ -64,6 +72,10 @@ def make_token(folder: Path) -> None:
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(secrets.token_hex(32))
+
+
+def _port_in(address: str) -> int:
+    return int(address.rpartition(":")[2])
 
 
 def _free_ports(count: int) -> list[int]:

@@ -49,9 +49,15 @@ def status(store: str) -> list[Service]:
     return _read(folder(store))
 
 
+def known(store: str, name: str) -> Service | None:
+    """The service of this name, if it was started for the store and not taken down; it may have died."""
+    return next((service for service in status(store) if service.name == name), None)
+
+
 def running(store: str, name: str) -> Service | None:
     """The service of this name, if it was started for the store and lives."""
-    return next((service for service in status(store) if service.name == name and service.alive), None)
+    service = known(store, name)
+    return service if service and service.alive else None
 
 
 def record(store: str, service: Service) -> None:

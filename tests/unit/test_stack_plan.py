@@ -64,6 +64,23 @@ def test_a_running_service_keeps_its_port(store: str, taken: int) -> None:
         plan.make(store, taken + 1, free_port(), with_ray=False)
 
 
+def test_a_service_that_died_comes_back_where_others_look_for_it(store: str, taken: int) -> None:
+    services.make_folder(store)
+    ray = {"RAY_ADDRESS": "127.0.0.1:1234", "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:4321"}
+    for name, url, offers in (("prefect", f"http://127.0.0.1:{taken}", {}), ("ray", "http://127.0.0.1:4321", ray)):
+        services.record(store, Service(name, 2**22 + 1, "of before", url, "log", time.time(), offers))
+    planned = plan.make(store, None, free_port(), with_ray=False)
+    assert planned.api == f"http://127.0.0.1:{taken}/api"
+    head = planned.servers[-1]
+    assert head.offers["RAY_ADDRESS"] == "127.0.0.1:1234" and head.url == "http://127.0.0.1:4321"
+    assert {"--port=1234", "--dashboard-port=4321"} < set(head.words)
+    other = free_port()
+    assert plan.make(store, other, free_port(), with_ray=False).api == f"http://127.0.0.1:{other}/api"
+    as_if_running(store, "worker")
+    with pytest.raises(UserError, match=f"runs on port {taken} already"):
+        plan.make(store, other, free_port(), with_ray=False)
+
+
 @pytest.mark.parametrize("place", ["local", S3])
 def test_a_named_mlflow_means_the_same_everywhere(place: str, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     where = store if place == "local" else place
