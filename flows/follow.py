@@ -7,6 +7,7 @@ import time
 from typing import Any, TypeVar, cast
 from uuid import UUID
 
+import httpx
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.runtime import flow_run, task_run
@@ -73,9 +74,12 @@ class _Follower:
         self._log.info("%s: %s in %.1f s", self._stage, how, result.seconds)
 
     def _update_artifact(self, percent: float, description: str) -> None:
-        if self._artifact is None:
-            key = f"{self._stage}-progress"
-            self._artifact = cast(UUID, create_progress_artifact(percent, key=key, description=description))
-        else:
-            update_progress_artifact(self._artifact, percent, description=description)
+        try:
+            if self._artifact is None:
+                key = f"{self._stage}-progress"
+                self._artifact = cast(UUID, create_progress_artifact(percent, key=key, description=description))
+            else:
+                update_progress_artifact(self._artifact, percent, description=description)
+        except httpx.HTTPError as error:  # a Prefect server that is away for a while must not end the job
+            self._log.info("Prefect was not told of the progress: %s", error)
         self._updated_at = time.monotonic()
