@@ -16,7 +16,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
 
 from diffusion_core.config import UserError
 from diffusion_core.jobs.lines import FORMAT
-from diffusion_core.jobs.transport import GRACE_S, JobFailed, wrong_token
+from diffusion_core.jobs.transport import GONE, GRACE_S, JobFailed, wrong_token
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -103,8 +103,7 @@ class RayJob:
         except (OSError, RuntimeError) as error:
             self._lost = True
             raise JobFailed(
-                f"The Ray Jobs API at {jobs_address()} gives no news of {self._id}: {str(error).rstrip('.')}. "
-                "If the cluster is gone, running it again on the next one continues the work."
+                f"The Ray Jobs API at {jobs_address()} gives no news of {self._id}: {str(error).rstrip('.')}. {GONE}"
             ) from error
 
     def exit_status(self) -> int:
@@ -210,6 +209,8 @@ def _jobs_client(address: str | None) -> JobSubmissionClient:
     except AuthenticationError:  # there is no token to send
         raise refused from None
     except OSError as error:  # that the address is right was seen before the flow began
-        raise JobFailed(f"The Ray Jobs API at {address} (RAY_API_SERVER_ADDRESS) does not answer: {error}") from error
+        raise JobFailed(
+            f"The Ray Jobs API at {address} (RAY_API_SERVER_ADDRESS) does not answer: {str(error).rstrip('.')}. {GONE}"
+        ) from error
     except RuntimeError as error:
         raise UserError(f"The Ray Jobs API at {address} (RAY_API_SERVER_ADDRESS) cannot be used: {error}") from error

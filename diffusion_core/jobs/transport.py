@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+GONE = "If the cluster is gone, running it again on the next one continues the work."
 GRACE_S = 25.0  # of a job that is asked to end: less than the 30 seconds after which Prefect kills a cancelled flow
 
 

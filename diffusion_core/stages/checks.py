@@ -24,7 +24,7 @@ from diffusion_core.diffusion.config import GuidanceConfig, ProcessConfig, check
 from diffusion_core.evaluation.config import EvaluationConfig
 from diffusion_core.generation.config import GenerationConfig
 from diffusion_core.jobs.backend import BackendConfig, BackendKind
-from diffusion_core.jobs.cluster.session import check_token
+from diffusion_core.jobs.cluster.session import check_cluster
 from diffusion_core.jobs.ray_jobs import check_jobs_api, jobs_address
 from diffusion_core.jobs.request import Request, Resources
 from diffusion_core.networks.config import NetworkConfig, check_image_size
@@ -222,7 +222,7 @@ def check_resources(field: str, resources: Resources, backend: BackendConfig) ->
 def check_services(store: str, backend: BackendConfig, mlflow: bool = True) -> None:
     """The services that the environment names answer."""
     check_address("RAY_ADDRESS", os.environ.get("RAY_ADDRESS"), default_port=6379)
-    check_token()
+    check_cluster()
     if backend.kind is BackendKind.jobs:
         if jobs_address() is None:
             raise UserError(

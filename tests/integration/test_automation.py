@@ -28,7 +28,7 @@ from diffusion_core.tracking import approval
 from diffusion_core.tracking.approval import Question
 from flows import approval as waiting
 from flows import automations, events
-from tests.integration.test_stack import free_port, wait_for
+from tests.local_stack import free_port, wait_for
 from tests.tiny_bundle import tiny_bundle
 
 SECRET = "t0ken-in-the-address"

@@ -1,10 +1,17 @@
-"""A Ray that a job starts for itself cannot be reached from another machine."""
+"""A Ray that a job starts for itself cannot be reached from another machine, and one that is gone is told at once."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import time
+
+import pytest
+
+from diffusion_core.config import UserError
+from diffusion_core.jobs.cluster import session
+from tests.local_stack import free_port
 
 WORK = """
 import os
@@ -62,3 +69,12 @@ def test_a_local_ray_listens_on_loopback_alone() -> None:
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("addresses:"))
     found = set(line.split()[1:])
     assert found and found <= LOOPBACK, found
+
+
+def test_a_cluster_that_is_gone_is_one_sentence_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=rf"{address}, cannot be reached: nothing answers there\. If the cluster"):
+        session._start()
+    assert time.monotonic() - began < 30, "Ray tried for itself"

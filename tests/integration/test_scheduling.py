@@ -15,7 +15,7 @@ import pytest
 from diffusion_core.store import Directory
 from flows.schedules.config import IfRunning, ScheduleConfig, What
 from tests.image_files import write_images
-from tests.integration.test_stack import Api, free_port, wait_for
+from tests.local_stack import Api, free_port, wait_for
 
 QUICK = {
     "PREFECT_SERVER_SERVICES_LATE_RUNS_AFTER_SECONDS": "5",

@@ -5,11 +5,9 @@ One stack serves all tests of this file, in their order, because starting one ta
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -22,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from diffusion_core.data.shards import Batch, write_dataset
 from diffusion_core.networks.config import UNetConfig
@@ -31,6 +28,7 @@ from diffusion_core.stages.train import TrainRequest
 from diffusion_core.store import Directory
 from diffusion_core.training.config import TrainingConfig
 from diffusion_core.training.run import TrainSpec
+from tests.local_stack import Api, LocalStack, alive, diffusion, free_port, processes_about, run, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -49,86 +47,6 @@ QUEUES = {
 }
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own."""
-    command = [sys.executable, "-m", "flows.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def diffusion(*arguments: str) -> Any:
-    """Run the command and return the JSON that it prints."""
-    done = run(*arguments, "--json")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def wait_for(condition: Callable[[], Any], what: str, seconds: float = 90) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (answer := condition()):
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.5)
-    return answer
-
-
-def alive(pid: int) -> bool:
-    shown = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
-    return bool(shown.strip()) and not shown.startswith("Z")
-
-
-def processes_about(word: str) -> list[int]:
-    """Processes of this machine whose command line has `word` in it."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal() and folder.name != str(os.getpid()):
-            try:
-                if word in (folder / "cmdline").read_bytes().decode(errors="replace"):
-                    found.append(int(folder.name))
-            except OSError:  # it ended while we looked
-                continue
-    return found
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-class Api:
-    """Prefect's HTTP API."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-
-    def __call__(self, path: str, body: Any = None, method: str | None = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{self._url}/api/{path}", data, headers, method=method)
-        for attempt in Retrying(retry=retry_if_exception(_is_busy), stop=stop_after_delay(60), wait=wait_fixed(1)):
-            with attempt, urllib.request.urlopen(request, timeout=30) as answer:
-                return json.loads(answer.read() or "null")
-
-    def deployments(self) -> dict[str, Any]:
-        flows = {flow["id"]: flow["name"] for flow in self("flows/filter", {})}
-        return {f"{flows[item['flow_id']]}/{item['name']}": item for item in self("deployments/filter", {})}
-
-    def start(self, deployment: str, parameters: dict[str, Any], tags: tuple[str, ...] = ()) -> str:
-        """Ask for a run, as a person does in the UI; its id."""
-        body = {"parameters": parameters, "tags": tags, "state": {"type": "SCHEDULED"}}
-        return str(self(f"deployments/{self.deployments()[deployment]['id']}/create_flow_run", body)["id"])
-
-    def run(self, run_id: str) -> Any:
-        return self(f"flow_runs/{run_id}")
-
-    def wait_for(self, run_id: str, *states: str, seconds: float = 90) -> Any:
-        return wait_for(lambda: self.run(run_id)["state"]["type"] in states, f"{states}", seconds) and self.run(run_id)
-
-
-def _is_busy(error: BaseException) -> bool:
-    """Prefect answers 503 while its database is locked, and its own clients ask again then."""
-    return isinstance(error, urllib.error.HTTPError) and error.code == 503
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     return Directory(tmp_path_factory.mktemp("stack") / "store").uri
@@ -137,16 +55,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def up(store: str) -> Iterator[Callable[[], dict[str, Any]]]:
     """Brings the stack up, with what of it is down; it is down again after the last test."""
-    ports = ("--prefect-port", free_port(), "--mlflow-port", free_port())
-
-    def start() -> dict[str, Any]:
-        services = diffusion("stack", "up", "--ray", "--store", store, *ports)
-        return {service["name"]: service for service in services}
-
+    stack = LocalStack(store, "--ray")
     try:
-        yield start
+        yield stack.up
     finally:
-        diffusion("stack", "down", "--store", store)
+        stack.down()
 
 
 @pytest.fixture(scope="module")

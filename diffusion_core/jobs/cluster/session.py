@@ -14,7 +14,7 @@ from diffusion_core import progress
 from diffusion_core.config import UserError
 from diffusion_core.jobs.account import keeper
 from diffusion_core.jobs.cluster import metrics
-from diffusion_core.jobs.transport import wrong_token
+from diffusion_core.jobs.transport import GONE, wrong_token
 
 ENDPOINTS = ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
 
@@ -59,18 +59,24 @@ def _start() -> None:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
         return
-    check_token()
+    check_cluster()
     try:
         ray.init(address=address, runtime_env={"env_vars": _endpoints()}, **quiet)
     except ConnectionError as error:
-        raise UserError(f"The Ray cluster that RAY_ADDRESS names, {address}, cannot be reached: {error}") from error
+        raise _unreachable(address, str(error)) from error
 
 
-def check_token() -> None:
-    """The cluster that RAY_ADDRESS names takes this process's token: Ray would try for long, and not say why not.
+def _unreachable(address: str, why: str) -> UserError:
+    return UserError(f"The Ray cluster that RAY_ADDRESS names, {address}, cannot be reached: {why.rstrip('.')}. {GONE}")
+
+
+def check_cluster() -> None:
+    """The cluster that RAY_ADDRESS names is there and takes this process's token.
+
+    Ray itself would try for more than a minute, and not say of a token why it is refused.
 
     Raises:
-        UserError: it does not. Of a cluster that does not answer, or is not named by host and port, nothing is said.
+        UserError: it is not so. Of a cluster that is not named by host and port, or is slow, nothing is said.
     """
     address = os.environ.get("RAY_ADDRESS", "")
     if not re.fullmatch(r"[^/:]+:\d+", address):
@@ -90,6 +96,8 @@ def check_token() -> None:
     except grpc.RpcError as error:
         if error.code() is grpc.StatusCode.UNAUTHENTICATED:
             raise refused from None
+        if error.code() is grpc.StatusCode.UNAVAILABLE:
+            raise _unreachable(address, "nothing answers there") from None
 
 
 def _endpoints() -> dict[str, str]:
