@@ -9,12 +9,13 @@ TEST_READY := .venv/ready-test-$(ASKED)
 # Two files beside each other: most tests wait for servers and clusters to start, rather than for a core.
 PYTEST := $(BIN)/python -m pytest --durations=20 -n 2 --dist loadfile
 
-.PHONY: help demo install test test-all lint bench constraints clean
+.PHONY: help demo install test test-all chaos lint bench constraints clean
 
 help:
 	@echo "make demo       the whole pipeline on real images: shows where everything is"
 	@echo "make test       lint, types and the test suite (at most 15 minutes on 2 cores)"
 	@echo "make test-all   the long acceptance tests too (at most 60 minutes)"
+	@echo "make chaos      kills each part of a running stack, and reports what became of the work (about 40 minutes)"
 	@echo "make lint       ruff, import rules and mypy alone"
 	@echo "make bench      speed of training and sampling beside diffusers"
 	@echo "make install    .venv with everything that the targets above need"
@@ -30,7 +31,10 @@ test: lint
 
 test-all: lint
 	$(PYTEST) -m "not benchmark" tests/unit
-	$(PYTEST) -m "not benchmark" tests/integration tests/faults
+	$(PYTEST) -m "not benchmark" tests/integration tests/faults tests/acceptance
+
+chaos: $(TEST_READY)
+	$(BIN)/python -m tests.chaos
 
 lint: $(TEST_READY)
 	$(BIN)/ruff check .
