@@ -24,10 +24,11 @@ ROOT = Path(__file__).parent.parent
 ACCESS_KEY, SECRET_KEY = "diffusion:tester", "testing-secret"
 START_SECONDS, STOP_SECONDS = 60, 10
 FILTERS = (
-    "catch_errors", "gatekeeper", "atomic", "healthcheck", "cache", "listing_formats", "s3api", "tempauth", "copy",
-    "slo", "dlo", "versioned_writes", "symlink",
+    "catch_errors", "gatekeeper", "full", "atomic", "healthcheck", "cache", "listing_formats", "s3api", "tempauth",
+    "copy", "slo", "dlo", "versioned_writes", "symlink",
 )  # fmt: skip
 FACTORIES = {
+    "full": "paste.filter_factory = tests.swift_full:filter_factory\nmarker = {folder}/full",
     "atomic": "paste.filter_factory = tests.swift_atomic:filter_factory",
     "tempauth": f"use = egg:swift#tempauth\nuser_{ACCESS_KEY.replace(':', '_')} = {SECRET_KEY} .admin",
     "s3api": "use = egg:swift#s3api\nlocation = us-east-1",
@@ -87,9 +88,10 @@ default = yes
 class SwiftServer:
     """A running service: its endpoint and the environment that points every S3 client to it."""
 
-    def __init__(self, endpoint: str, processes: list[subprocess.Popen[bytes]]) -> None:
+    def __init__(self, endpoint: str, processes: list[subprocess.Popen[bytes]], full: Path) -> None:
         self.endpoint = endpoint
         self.processes = processes
+        self._full = full
 
     @property
     def environment(self) -> dict[str, str]:
@@ -102,6 +104,15 @@ class SwiftServer:
             "AWS_EC2_METADATA_DISABLED": "true",
             "MLFLOW_S3_ENDPOINT_URL": self.endpoint,
         }
+
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        """Within the block the service takes no objects, because its quota is used up."""
+        self._full.touch()
+        try:
+            yield
+        finally:
+            self._full.unlink()
 
     def make_bucket(self, bucket: str) -> None:
         self.client().create_bucket(Bucket=bucket)
@@ -129,9 +140,10 @@ def swift_server(folder: Path) -> Iterator[SwiftServer]:
         _make_ring(folder, kind, ports[kind])
         (folder / f"{kind}.conf").write_text(SERVER.format(port=ports[kind], user=user, folder=folder, kind=kind))
     proxy = PROXY.format(port=ports["proxy"], user=user, folder=folder, pipeline=" ".join((*FILTERS, "proxy-server")))
-    filters = [f"\n[filter:{name}]\n{FACTORIES.get(name, f'use = egg:swift#{name}')}\n" for name in FILTERS]
+    factories = {name: text.format(folder=folder) for name, text in FACTORIES.items()}
+    filters = [f"\n[filter:{name}]\n{factories.get(name, f'use = egg:swift#{name}')}\n" for name in FILTERS]
     (folder / "proxy.conf").write_text(proxy + "".join(filters))
-    server = SwiftServer(f"http://127.0.0.1:{ports['proxy']}", [])
+    server = SwiftServer(f"http://127.0.0.1:{ports['proxy']}", [], folder / "full")
     try:
         for kind in ports:
             server.processes.append(_start(folder, kind))
