@@ -77,8 +77,8 @@ def make(store: str, prefect_port: int | None, mlflow_port: int | None, with_ray
     if not named:
         servers.append(_mlflow(store, ports["mlflow"]))
     if with_ray or services.known(store, "ray"):
-        servers.append(_ray(store))
-    environment = {name: value for server in servers for name, value in server.offers.items()}
+        servers.append(_ray(store, _offers(servers)))  # its jobs run in its environment
+    environment = _offers(servers)
     record = named or environment.get("MLFLOW_TRACKING_URI") or tracking_uri(store)
     worker = _worker(environment, without_secrets(record))
     _check_same_record(store, worker)
@@ -155,12 +155,16 @@ def _mlflow(store: str, port: int) -> Command:
     return Command("mlflow", words, QUIET, port, offers)
 
 
-def _ray(store: str) -> Command:
+def _offers(servers: Sequence[Command]) -> dict[str, str]:
+    return {name: value for server in servers for name, value in server.offers.items()}
+
+
+def _ray(store: str, environment: Mapping[str, str]) -> Command:
     service = services.known(store, "ray")
     if service and service.alive:
         return Command("ray", (), port=port_of(service), offers=service.offers)
     head = ray_head.plan(services.folder(store), service.offers if service else {})
-    return Command("ray", head.words, head.environment, head.port, head.offers)
+    return Command("ray", head.words, {**environment, **head.environment}, head.port, head.offers)
 
 
 def _worker(environment: Mapping[str, str], record: str) -> Command:

@@ -83,6 +83,12 @@ def test_a_service_that_died_comes_back_where_others_look_for_it(store: str, tak
         plan.make(store, other, free_port(), with_ray=False)
 
 
+def test_jobs_on_the_ray_head_report_to_the_mlflow_of_the_stack() -> None:
+    port = free_port()
+    head = plan.make(S3, free_port(), port, with_ray=True).servers[-1]
+    assert head.name == "ray" and head.environment["MLFLOW_TRACKING_URI"] == f"http://127.0.0.1:{port}"
+
+
 @pytest.mark.parametrize("place", ["local", S3])
 def test_a_named_mlflow_means_the_same_everywhere(place: str, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     where = store if place == "local" else place
