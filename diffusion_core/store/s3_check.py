@@ -35,7 +35,9 @@ def check_reachable(uri: str, bucket: str, prefix: str, writable: bool) -> None:
     thread.start()
     thread.join(CHECK_SECONDS)
     if not outcome:
-        raise UserError(f"The store {uri} cannot be reached: {endpoint()} gave no answer in {CHECK_SECONDS:.0f} seconds.")
+        raise UserError(
+            f"The store {uri} cannot be reached: {endpoint()} gave no answer in {CHECK_SECONDS:.0f} seconds."
+        )
     error = outcome[0]
     if isinstance(error, (ClientError, BotoCoreError)):
         try:
