@@ -4,32 +4,28 @@ import json
 from pathlib import Path
 
 import pytest
-from prefect.events.clients import AssertingEventsClient
-from prefect.events.worker import EventsWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from diffusion_core.data.config import DatasetConfig, SourceConfig
 from diffusion_core.stages.events import Event, failed
-from diffusion_core.stages.register import RegisterRequest, RegisterResult, events
+from diffusion_core.stages.register import RegisterRequest, RegisterResult, champion_changed, events
 from diffusion_core.stages.registry import STAGES
 from diffusion_core.stages.shard import STAGE, ShardRequest, ShardResult
 from flows.events import tell
+from tests.posts import kept_posts
 
 
 @pytest.fixture
-def told():
-    """The events that a server would have received."""
-    AssertingEventsClient.reset()
-    EventsWorker.set_client_override(AssertingEventsClient)
-    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
-        yield received
-        EventsWorker.instance().drain()
-    EventsWorker.set_client_override(None)
+def server():
+    """What stands for a Prefect server, which keeps what it is sent, or refuses it."""
+    with kept_posts() as posts, temporary_settings({PREFECT_API_URL: f"{posts.url}/api"}):
+        yield posts
 
 
-def received():
-    EventsWorker.instance().wait_until_empty()
-    return [event for client in AssertingEventsClient.all for event in client.events]
+def told(server):
+    """The events that the server was sent."""
+    assert {path for path, _ in server.received} <= {"/api/events"}
+    return [event for _, sent in server.received for event in sent]
 
 
 def registered(**changes):
@@ -57,26 +53,50 @@ def test_a_version_is_champion_or_refused():
     assert refused.payload["reason"] == "Worse." and set(registered()) == {refused.name, "diffusion.model.registered"}
 
 
-def test_what_happens_once_is_told_once_and_without_secrets(told, store):
+def test_what_happens_once_is_told_once_and_without_secrets(server, store):
     once = Event("diffusion.dataset.created", "digits", {"uris": ["s3://key:secret@b/d?token=secret"]}, once="v")
     again = failed("train", RuntimeError("http://u:secret@host broke"), attempt=2)
     for _ in range(2):
         tell([once, again], store)
-    names = [event.event for event in told()]
+    names = [event["event"] for event in told(server)]
     assert sorted(names) == ["diffusion.dataset.created", "diffusion.stage.failed", "diffusion.stage.failed"]
-    text = json.dumps([event.model_dump(mode="json") for event in told()])
+    text = json.dumps(told(server))
     assert "secret" not in text and "s3://b/d" in text and store in text
 
 
-def test_a_temporary_server_is_told_nothing_and_a_later_one_everything(told, store):
+def test_what_a_person_does_is_told_each_time_and_not_again_by_the_gate(server, store):
+    by_hand = champion_changed("digits", 3, 2, "Set by hand.", by_hand=True)
+    tell([by_hand, by_hand], store)
+    tell(list(registered(promoted=True, previous=2).values()), store)
+    names = [event["event"] for event in told(server)]
+    assert names == ["diffusion.champion.changed", "diffusion.champion.changed", "diffusion.model.registered"]
+
+
+def test_a_temporary_server_is_told_nothing_and_a_later_one_everything(server, store):
     event = Event("diffusion.dataset.created", "digits", once="v")
     with temporary_settings({PREFECT_API_URL: None}):
         tell([event], store)
     assert not Path(store, "events").exists()
     tell([event], store)
-    assert len(told()) == 1
+    assert len(told(server)) == 1
 
 
-def test_what_cannot_be_told_stops_nobody(told, tmp_path):
+def test_what_a_server_did_not_take_is_told_by_the_next_run(server, store, caplog):
+    event = Event("diffusion.dataset.created", "digits", once="v")
+    server.status = 500
+    tell([event], store)
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        tell([event], store)
+    assert [record.message.partition(" is not told: ")[0] for record in caplog.records] == [
+        "The event diffusion.dataset.created of digits"
+    ] * 2
+    assert not Path(store, "events").exists()
+    server.status = 204
+    for _ in range(2):
+        tell([event], store)
+    assert len(told(server)) == 1
+
+
+def test_what_cannot_be_told_stops_nobody(server, tmp_path):
     (tmp_path / "file").write_text("no folder")
     tell([Event("diffusion.dataset.created", "digits", once="v")], str(tmp_path / "file"))
