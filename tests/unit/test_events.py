@@ -6,13 +6,17 @@ from pathlib import Path
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from diffusion_core.config import UserError, identity
 from diffusion_core.data.config import DatasetConfig, SourceConfig
 from diffusion_core.stages.events import Event, failed
 from diffusion_core.stages.register import RegisterRequest, RegisterResult, champion_changed, events
 from diffusion_core.stages.registry import STAGES
 from diffusion_core.stages.shard import STAGE, ShardRequest, ShardResult
+from flows import cli_automation
+from flows.cli import main
 from flows.events import tell
 from tests.posts import kept_posts
+from tests.small_store import SmallStore
 
 
 @pytest.fixture
@@ -39,11 +43,15 @@ def test_every_stage_tells_of_itself():
 
 
 def test_a_dataset_is_created_once_whether_it_was_made_or_found():
-    request = ShardRequest(store="s", source=SourceConfig(kind="digits"), dataset=DatasetConfig(name="digits"))
+    source, dataset = SourceConfig(kind="digits"), DatasetConfig(name="digits")
+    request = ShardRequest(store="s", source=source, dataset=dataset, preset="digits-flow")
     result = {"seconds": 1, "uri": "s/v", "version": "v", "splits": {"train": 9}, "rejected": 0, "shards": 1}
     (made,), (found,) = (STAGE.events(request, ShardResult(reused=reused, **result)) for reused in (False, True))
     assert made == found and made.resource == "diffusion.dataset.digits" and made.id
     assert made.payload["dataset"] == "digits" and made.payload["splits"] == {"train": 9}
+    assert made.payload["preset"] == "digits-flow" and identity(request) == identity(
+        request.model_copy(update={"preset": None})
+    )
 
 
 def test_a_version_is_champion_or_refused():
@@ -100,3 +108,25 @@ def test_what_a_server_did_not_take_is_told_by_the_next_run(server, store, caplo
 def test_what_cannot_be_told_stops_nobody(server, tmp_path):
     (tmp_path / "file").write_text("no folder")
     tell([Event("diffusion.dataset.created", "digits", once="v")], str(tmp_path / "file"))
+
+
+def test_a_verb_that_needs_no_flow_tells_too(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("PREFECT_API_URL", f"{server.url}/api")
+    small = SmallStore(tmp_path)
+    small.dataset("unused data")
+    small.age(days=2)
+    prune = ["prune", "--unused", "--older-than", "1h", "--store", small.uri]
+    assert main(prune) == 0 and told(server) == []
+    assert main([*prune, "--yes"]) == 0
+    (event,) = told(server)
+    assert event["event"] == "diffusion.store.pruned" and event["payload"]["things"] == 1
+    assert event["payload"]["store"] == small.uri
+
+
+def test_without_a_name_in_passwd_it_has_to_be_said_who_answers(monkeypatch):
+    def no_entry():
+        raise KeyError("getpwuid(): uid not found: 1000")
+
+    monkeypatch.setattr("getpass.getuser", no_entry)
+    with pytest.raises(UserError, match="--by: say who answers"):
+        cli_automation._user()
