@@ -93,8 +93,8 @@ class Api:
 
 
 def _is_busy(error: BaseException) -> bool:
-    """Prefect answers 503 while its database is locked, and its own clients ask again then."""
-    return isinstance(error, urllib.error.HTTPError) and error.code == 503
+    """Prefect answers late, or 503, while its database is locked, and its own clients ask again then."""
+    return isinstance(error, TimeoutError) or (isinstance(error, urllib.error.HTTPError) and error.code == 503)
 
 
 class LocalStack:
