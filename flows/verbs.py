@@ -14,6 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from diffusion_core.stages.registry import STAGES, Entry
+from flows import server
 from flows.options import Json, print_json
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ def _of_stage(entry: Entry) -> _Lazy:
             else:
                 stage.check(request, backend)
                 result = stage.run(request)
+                if stage.events:
+                    server.tell(stage.events(request, result), request.store)
             if stage.text and not as_json:
                 typer.echo(f"{stage.text(result)}\n")
             _show(result, stage.rows(result), as_json)

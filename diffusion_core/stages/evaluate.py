@@ -130,7 +130,7 @@ def events(request: EvaluateRequest, result: EvaluateResult) -> list[Event]:
     evaluation = result.uri.split("/")[-2]
     asked = {"bundle_uri": request.bundle_uri, "dataset_uri": request.dataset_uri}
     payload = {**asked, **result.model_dump(exclude={"reused", "seconds"})}
-    return [Event("diffusion.model.evaluated", evaluation, payload, once=evaluation)]
+    return [Event("diffusion.evaluation.completed", evaluation, payload, once=evaluation)]
 
 
 STAGE = Stage(

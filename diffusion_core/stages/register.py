@@ -133,8 +133,7 @@ def events(request: RegisterRequest, result: RegisterResult) -> list[Event]:
 def champion_changed(model: str, version: int, previous: int | None, reason: str, by_hand: bool = False) -> Event:
     """A version is the champion now; the gate makes it so once, a person any number of times."""
     payload = {"model": model, "version": version, "previous": previous, "reason": reason}
-    once = None if by_hand else f"{version} after {previous}"
-    return Event("diffusion.champion.changed", model, payload, once=once)
+    return Event("diffusion.champion.changed", model, payload, once=f"{version} after {previous}", repeats=by_hand)
 
 
 STAGE = Stage(

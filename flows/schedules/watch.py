@@ -65,7 +65,7 @@ def watch(
     seen = Seen.model_validate(place.read_json(key)) if place.exists(key) else Seen()
     now, said = look(config, seen, time.time(), still_s)
     if said is None:
-        now, said = _take(config, now)
+        now, said = _take(config, now, preset)
     if now != seen:
         place.write_json(key, now.model_dump(mode="json"))
     get_run_logger().info(said)
@@ -95,10 +95,10 @@ def _list(uri: str, store: str, now: float) -> Listing:
     return Listing(digest=told, files=len(files), bytes=sum(file.size for file in files), since=now)
 
 
-def _take(config: PipelineConfig, seen: Seen) -> tuple[Seen, str]:
+def _take(config: PipelineConfig, seen: Seen, preset: str | None) -> tuple[Seen, str]:
     """Make the version of what is there, or find that it is an old one."""
     assert seen.listing is not None
-    request = ShardRequest.of(config)
+    request = ShardRequest.of(config, preset)
     shard.check(request, config.backend)
     result: ShardResult = run_stage("shard", request, config.backend)
     taken = seen.model_copy(update={"taken": seen.listing.digest, "version": result.uri, "made": time.time()})

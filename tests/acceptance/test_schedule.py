@@ -123,6 +123,6 @@ def test_a_schedule_fires_trains_once_and_takes_what_is_new(stack: LocalStack, s
     _pictures(source, 80, 240, shade=190)
     wait_for(lambda: len((place / "runs").children()) == 2, "another training", 300)
     diffusion("schedule", "pause", "often", "--store", store)
-    made = wait_for(lambda: _completed(stack, "generate-images"), "what the automation generates", 400)
+    made = wait_for(lambda: _completed(stack, "generate"), "what the automation generates", 400)
     assert made[0]["created_by"]["type"] == "AUTOMATION"
-    assert made[0]["parameters"]["request"]["model"] == "models:/shades/2"
+    assert made[0]["parameters"]["model"] == "shades/2"
