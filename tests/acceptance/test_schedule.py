@@ -14,7 +14,7 @@ from diffusion_core.store import Directory
 from tests import store_digests
 from tests.local_stack import LocalStack, diffusion, run, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 
 COUNT = 16
 SETTINGS = [

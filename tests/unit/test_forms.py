@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from diffusion_core import tracking
 from diffusion_core.config import UserError
 from diffusion_core.stages.compare import CompareOptions
-from diffusion_core.stages.generate import GenerateOptions
+from diffusion_core.stages.generate import ChampionOptions, GenerateRequest
 from diffusion_core.stages.pipeline import PipelineOptions
 from diffusion_core.stages.registry import STAGES
 from diffusion_core.stages.settings import load_config
-from flows.forms import FORMS, filled_in
+from diffusion_core.tracking import RunRecorder
+from diffusion_core.tracking.registry import ServingDefaults
+from flows.forms import FORMS, filled_in, in_words
 from flows.stack import pool
 from flows.stages import FLOWS
+from tests.tiny_bundle import tiny_bundle
+
+Champion = Callable[[str], GenerateRequest]
+SERVED = ServingDefaults(sampler={"kind": "ddim", "steps": 4}, guidance_scale=1.0, batch_size=4)
 
 INTERNAL = {"asked_by", "asked", "bundle_uri", "mlflow_run_id", "config", "settings", "first_image_id"}
 
@@ -25,7 +33,7 @@ def _inputs(name: str) -> dict[str, Any]:
 
 def test_there_is_a_form_for_the_pipeline_and_for_each_stage() -> None:
     assert {"pipeline", "generate-from-champion", *STAGES} == set(FORMS)
-    assert list(_inputs("generate-from-champion")) == ["name", "count", "labels", "format", "store"]
+    assert list(_inputs("generate-from-champion")) == ["model", "count", "labels", "format", "store"]
     assert {"source", "image_size", "time_budget", "images", "workers", "gpus_per_worker", "count"} <= set(
         _inputs("pipeline")
     )
@@ -53,8 +61,11 @@ def test_the_schemas_know_bounds_and_choices() -> None:
 @pytest.mark.parametrize("name", FLOWS)
 def test_no_form_asks_for_what_is_the_programs_own(name: str) -> None:
     (definition,) = (each for key, each in FLOWS[name].parameters.definitions.items() if key.endswith("Request"))
-    assert {"asked_by", "asked"}.isdisjoint(definition["properties"])
-    assert name != "generate" or "bundle_uri" not in definition["properties"]
+    inputs = definition["properties"].keys()
+    assert {"asked_by", "asked", "mlflow_run_id"}.isdisjoint(inputs)
+    assert name != "generate" or "bundle_uri" not in inputs
+    assert name not in ("prune", "export") or "resources" not in inputs, "neither has workers"
+    assert ("backend" in FLOWS[name].parameters.properties) == STAGES[name].load().is_job
 
 
 def test_what_is_left_empty_comes_from_the_preset() -> None:
@@ -84,7 +95,7 @@ def test_inputs_and_override_lines_are_the_configuration_of_the_verb() -> None:
         ("training.bach_size: 256", r"overrides training\.bach_size: .*did you mean training\.batch_size"),
         ("training.batch_size 256", r"overrides training\.batch_size 256: give a field and a value"),
         ("training.batch_size: many", r"training\.batch_size: 'many' is not accepted"),
-        ("training.batch_size: [", r"overrides training\.batch_size=\[: '\[' is not a YAML value"),
+        ("training.batch_size: [", r"overrides training\.batch_size: '\[' is not a YAML value"),
     ],
 )
 def test_a_wrong_line_is_one_sentence(line: str, sentence: str) -> None:
@@ -100,11 +111,44 @@ def test_a_wrong_input_is_told_by_its_title() -> None:
         filled_in(PipelineOptions, {"count": 3})
 
 
-def test_a_form_of_the_champion_asks_for_its_name(store: str) -> None:
-    options, config = filled_in(GenerateOptions, {"name": "digits", "count": 5, "store": store})
-    request = options.request(config)
+def test_what_an_api_sends_may_be_no_text() -> None:
+    given = {"preset": "digits", "image_size": 8, "overrides": {"training": {"batch_size": 256}}}
+    config = filled_in(PipelineOptions, given)[1]
+    assert (config.dataset.size, config.training.batch_size) == ((8, 8), 256)
+    options = filled_in(CompareOptions, {"model": "digits@champion", "sampler": ["ddim:10", "heun:4"]})[0]
+    assert options.sampler == ("ddim:10", "heun:4")
+    for wrong, said in (
+        ({"overrides": ["a"]}, "^overrides: .* fields and values"),
+        ({"count": ["a"]}, "^generation.c"),
+    ):
+        with pytest.raises(UserError, match=said) as refused:
+            filled_in(PipelineOptions, {"preset": "digits", **wrong})
+        assert "\n" not in str(refused.value)
+
+
+@pytest.fixture
+def champion(store: str) -> Champion:
+    """The short form, filled in for a store in which there is no model but `digits`."""
+    recorder = RunRecorder(store, "digits", "run")
+    tiny_bundle(f"{store}/bundle")
+    tracking.register_version(store, "digits", f"{store}/bundle", recorder.mlflow_run_id, SERVED)
+    tracking.promote("digits", 1, store)
+
+    def asked(model: str) -> GenerateRequest:
+        options, config = filled_in(ChampionOptions, {"model": model, "count": 5, "store": store})
+        with in_words(ChampionOptions):
+            return options.request(config)
+
+    return asked
+
+
+def test_a_form_of_the_champion_asks_for_its_model(champion: Champion) -> None:
+    request = champion("digits")
     assert (request.model, request.generation.count) == ("models:/digits@champion", 5)
     assert request.generation.first_image_id is None, "new images"
+    for wrong, said in (("digts", "^Model digts: There is no .*digits"), ("digits@latest", "^Model .*: give the name")):
+        with pytest.raises(UserError, match=said):
+            champion(wrong)
 
 
 def test_deployments_know_the_store_and_their_queue() -> None:
