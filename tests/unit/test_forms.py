@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from diffusion_core import tracking
 from diffusion_core.config import UserError
 from diffusion_core.stages.compare import CompareOptions
-from diffusion_core.stages.generate import ChampionOptions, GenerateRequest
+from diffusion_core.stages.generate import ChampionOptions
 from diffusion_core.stages.pipeline import PipelineOptions
+from diffusion_core.stages.prune import PruneOptions
 from diffusion_core.stages.registry import STAGES
 from diffusion_core.stages.settings import load_config
-from diffusion_core.tracking import RunRecorder
-from diffusion_core.tracking.registry import ServingDefaults
 from flows.forms import FORMS, filled_in, in_words
 from flows.stack import pool
 from flows.stages import FLOWS
-from tests.tiny_bundle import tiny_bundle
-
-Champion = Callable[[str], GenerateRequest]
-SERVED = ServingDefaults(sampler={"kind": "ddim", "steps": 4}, guidance_scale=1.0, batch_size=4)
 
 INTERNAL = {"asked_by", "asked", "bundle_uri", "mlflow_run_id", "config", "settings", "first_image_id"}
 
@@ -126,29 +119,20 @@ def test_what_an_api_sends_may_be_no_text() -> None:
         assert "\n" not in str(refused.value)
 
 
-@pytest.fixture
-def champion(store: str) -> Champion:
-    """The short form, filled in for a store in which there is no model but `digits`."""
-    recorder = RunRecorder(store, "digits", "run")
-    tiny_bundle(f"{store}/bundle")
-    tracking.register_version(store, "digits", f"{store}/bundle", recorder.mlflow_run_id, SERVED)
-    tracking.promote("digits", 1, store)
-
-    def asked(model: str) -> GenerateRequest:
-        options, config = filled_in(ChampionOptions, {"model": model, "count": 5, "store": store})
-        with in_words(ChampionOptions):
-            return options.request(config)
-
-    return asked
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [("digts", "^Model digts: There is no registered model 'digts'"), ("digits@latest", "^Model .*: give the name")],
+)
+def test_a_form_of_the_champion_tells_a_wrong_model_by_its_title(store: str, model: str, said: str) -> None:
+    options, config = filled_in(ChampionOptions, {"model": model, "count": 5, "store": store})
+    with pytest.raises(UserError, match=said), in_words(ChampionOptions):
+        options.request(config)
 
 
-def test_a_form_of_the_champion_asks_for_its_model(champion: Champion) -> None:
-    request = champion("digits")
-    assert (request.model, request.generation.count) == ("models:/digits@champion", 5)
-    assert request.generation.first_image_id is None, "new images"
-    for wrong, said in (("digts", "^Model digts: There is no .*digits"), ("digits@latest", "^Model .*: give the name")):
-        with pytest.raises(UserError, match=said):
-            champion(wrong)
+def test_a_wrong_age_of_a_prune_is_told_by_its_title(store: str) -> None:
+    options, config = filled_in(PruneOptions, {"older_than": "soon", "store": store})
+    with pytest.raises(UserError, match=r"^Older than soon: it is not a time"), in_words(PruneOptions):
+        options.request(config)
 
 
 def test_deployments_know_the_store_and_their_queue() -> None:
