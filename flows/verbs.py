@@ -147,7 +147,7 @@ def _understood(kind: Any, given: dict[str, Any]) -> Any:
 
 def _command(name: str, summary: str, options: type[Options], run: Run, only: tuple[str, ...] | None = None) -> Command:
     """A verb with an option for each field of `options`, or for some, and `--json`."""
-    fields = {field: info for field, info in options.model_fields.items() if only is None or field in only}
+    fields = {field: info for field, info in options.asked().items() if only is None or field in only}
     parameters = [_parameter(field, info) for field, info in fields.items()]
     parameters.append(inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json))
 

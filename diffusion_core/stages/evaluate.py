@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 
 from diffusion_core.config import execution
 from diffusion_core.evaluation.config import EvaluationConfig
@@ -25,7 +26,9 @@ class EvaluateRequest(Request):
     bundle_uri: str
     dataset_uri: str
     evaluation: EvaluationConfig = EvaluationConfig()
-    mlflow_run_id: str | None = execution(None, description="MLflow run to which the figures are attached.")
+    mlflow_run_id: SkipJsonSchema[str | None] = execution(
+        None, description="MLflow run to which the figures are attached."
+    )
 
     @classmethod
     def of(

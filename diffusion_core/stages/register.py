@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 
 from diffusion_core.config import digest, execution
 from diffusion_core.evaluation.config import EvaluationConfig, GateConfig
@@ -26,7 +27,9 @@ class RegisterRequest(Request):
     dataset_uri: str
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig = GateConfig()
-    mlflow_run_id: str | None = execution(None, description="MLflow run that trained the bundle; default: its own.")
+    mlflow_run_id: SkipJsonSchema[str | None] = execution(
+        None, description="MLflow run that trained the bundle; default: its own."
+    )
 
     @classmethod
     def of(

@@ -32,10 +32,11 @@ from prefect.types.entrypoint import EntrypointType
 from pydantic import ValidationError
 
 from diffusion_core.config import UserError, explain
+from diffusion_core.stages import overrides
 from diffusion_core.stages.prune import PruneRequest
 from diffusion_core.stages.settings import seconds
 from diffusion_core.store import Directory
-from flows.schedules import overrides, runs
+from flows.schedules import runs
 from flows.schedules.config import IfRunning, ScheduleConfig, What
 from flows.schedules.replace import replace_running
 from flows.schedules.watch import watch

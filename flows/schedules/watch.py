@@ -18,14 +18,13 @@ from pydantic import Field
 from diffusion_core.config import Config, UserError, digest
 from diffusion_core.data.config import SourceKind
 from diffusion_core.data.sources.listing import list_files, suffix
-from diffusion_core.stages import shard
 from diffusion_core.stages.config import PipelineConfig
+from diffusion_core.stages.overrides import resolve
 from diffusion_core.stages.shard import ShardRequest, ShardResult
 from diffusion_core.store import Directory, layout
 from flows.flow import diffusion_flow
-from flows.schedules.overrides import resolve
 from flows.schedules.runs import Fields, Preset, Store
-from flows.stages import run_stage
+from flows.stages import run_checked
 
 UNFINISHED = frozenset({".part", ".partial", ".tmp", ".temp", ".crdownload", ".filepart", ".download"})
 JITTER_S = 5.0  # by which two looks may be closer than the interval between them
@@ -99,8 +98,7 @@ def _take(config: PipelineConfig, seen: Seen, preset: str | None) -> tuple[Seen,
     """Make the version of what is there, or find that it is an old one."""
     assert seen.listing is not None
     request = ShardRequest.of(config, preset)
-    shard.check(request, config.backend)
-    result: ShardResult = run_stage("shard", request, config.backend)
+    result: ShardResult = run_checked("shard", request, config.backend)
     taken = seen.model_copy(update={"taken": seen.listing.digest, "version": result.uri, "made": time.time()})
     if result.uri == seen.version:
         return taken, f"Files were touched, but their content is that of {result.uri}."
