@@ -9,7 +9,7 @@ TEST_READY := .venv/ready-test-$(ASKED)
 # Two files beside each other: most tests wait for servers and clusters to start, rather than for a core.
 PYTEST := $(BIN)/python -m pytest --durations=20 -n 2 --dist loadfile
 
-.PHONY: help demo install test test-all chaos lint bench constraints clean
+.PHONY: help demo install test test-all chaos lint bench bench-plan constraints clean
 
 help:
 	@echo "make demo       the whole pipeline on real images: shows where everything is"
@@ -18,6 +18,7 @@ help:
 	@echo "make chaos      kills each part of a running stack, and reports what became of the work (about 40 minutes)"
 	@echo "make lint       ruff, import rules and mypy alone"
 	@echo "make bench      speed of training and sampling beside diffusers"
+	@echo "make bench-plan how near 'diffusion plan' comes to what the digits take (about 10 minutes)"
 	@echo "make install    .venv with everything that the targets above need"
 
 demo: $(DEMO_READY)
@@ -43,6 +44,9 @@ lint: $(TEST_READY)
 
 bench: $(TEST_READY)
 	$(BIN)/python -m tests.benchmarks.against_diffusers
+
+bench-plan: $(TEST_READY)
+	$(BIN)/python -m tests.benchmarks.plan_accuracy --preset digits
 
 # Resolves everything anew and pins what came out. torch keeps its pin: another build could pull gigabytes of CUDA.
 constraints:

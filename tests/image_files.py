@@ -6,6 +6,7 @@ import gzip
 import io
 import struct
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from diffusion_core.data.config import DatasetConfig, SourceConfig
-from diffusion_core.data.hashing import dataset_version, hash_files
+from diffusion_core.data.hashing import HashCache, dataset_version, digests_of, hash_files
 from diffusion_core.data.sharding import check_rejected, make_plan, make_shard
 from diffusion_core.data.shards import SPLITS, ImageDataset, commit_dataset
 from diffusion_core.data.sources import open_source
@@ -114,11 +115,10 @@ def shard_here(store: Path | str, source: SourceConfig, config: DatasetConfig, p
     """What the shard job does, in this process and without Ray."""
     opened = open_source(source)
     opened.limit(config.max_file_mb << 20)
-    hashed = list(hash_files(opened, [file for file in opened.files if opened.needs_hash(file)]))
-    opened.exclude({key: problem for key, _, problem in hashed if problem})
-    digests = {key: sha256 for key, sha256, problem in hashed if not problem}
+    home = Directory(store) / f"datasets/{config.name}"
+    digests = digests_of(opened, HashCache(home, "never kept"), partial(hash_files, opened))
     version = dataset_version(opened, digests, config)
-    directory = Directory(store) / f"datasets/{config.name}/{version}"
+    directory = home / version
     scan = opened.scan(digests)
     plan = plan_of(directory, scan, config)
     records = [make_shard(plan, index) for index in range(len(plan.shards))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
@@ -32,7 +32,7 @@ class HashCache:
     """Digests of a source's files, in `<store>/datasets/<name>/source-hashes.parquet`. Losing it costs time only."""
 
     def __init__(self, directory: Directory, uri: str) -> None:
-        self._directory, self._uri = directory, uri
+        self._directory, self._uri, self._changed = directory, uri, False
         table = self._table()  # not filtered by pyarrow, which would import pandas where nothing else needs it
         columns = zip(*(table[name].to_pylist() for name in _SCHEMA.names), strict=True)
         self._known = {key: (size, stamp, sha256) for its, key, size, stamp, sha256 in columns if its == uri}
@@ -42,14 +42,17 @@ class HashCache:
         return sha256 if (size, stamp) == (file.size, file.stamp) else None
 
     def put(self, file: SourceFile, sha256: str) -> None:
-        self._known[file.key] = (file.size, file.stamp, sha256)
+        self._known[file.key], self._changed = (file.size, file.stamp, sha256), True
 
     def forget(self, key: str) -> None:
         """The file has another content than was remembered, whatever its size and stamp: it must be hashed again."""
         self._known.pop(key, None)
+        self._changed = True
 
     def save(self) -> None:
-        """Write what is known of this source in place of what was written of it; other sources stay."""
+        """Write what is known of this source in place of what was written of it, if it differs; other sources stay."""
+        if not self._changed:
+            return
         others = self._table().filter(pc.field("uri") != self._uri)
         rows = [
             {"uri": self._uri, "key": key, "size": size, "stamp": stamp, "sha256": sha256}
@@ -59,6 +62,7 @@ class HashCache:
         sink = io.BytesIO()
         pq.write_table(pa.concat_tables([others, mine]), sink, compression="zstd")
         self._directory.write(layout.SOURCE_HASHES, sink.getvalue())
+        self._changed = False
 
     def _table(self) -> pa.Table:
         try:
@@ -83,6 +87,30 @@ def hash_files(source: Source, files: Sequence[SourceFile]) -> Iterator[Hashed]:
 
     with ThreadPoolExecutor(_THREADS) as threads:
         yield from threads.map(one, files)
+
+
+def digests_of(
+    source: Source, cache: HashCache, hash_missing: Callable[[list[SourceFile]], Iterable[Hashed]]
+) -> dict[str, str]:
+    """SHA-256 of every file that can reach the dataset, by key; what cannot be read is excluded from the source.
+
+    The cache tells what is unchanged by size and stamp, and learns the rest; saving it is left to the caller.
+
+    Args:
+        hash_missing: hashes files that the cache does not know, here (`hash_files`) or elsewhere; not asked for none.
+    """
+    files = {file.key: file for file in source.files if source.needs_hash(file)}
+    digests = {key: known for key, file in files.items() if (known := cache.get(file)) is not None}
+    problems: dict[str, str] = {}
+    if missing := [file for key, file in files.items() if key not in digests]:
+        for key, sha256, problem in hash_missing(missing):
+            if problem:
+                problems[key] = problem
+            else:
+                digests[key] = sha256
+                cache.put(files[key], sha256)
+    source.exclude(problems)
+    return digests
 
 
 def dataset_version(source: Source, digests: dict[str, str], config: DatasetConfig) -> str:

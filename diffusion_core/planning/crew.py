@@ -8,17 +8,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import IO
 
 from diffusion_core.config import Config, UserError
 from diffusion_core.jobs.local import die_with_parent
 from diffusion_core.jobs.request import Resources
 from diffusion_core.planning.outlook import Outlook, State
-from diffusion_core.planning.trial import Measured, Order
+from diffusion_core.planning.trial import REFUSED, Measured, Order
 from diffusion_core.stages.config import PipelineConfig
+from diffusion_core.tracking import without_secrets
 
 Say = Callable[[str], None]
+
+PROGRAM = (sys.executable, "-m", "diffusion_core.planning.trial")
+PATIENCE_S = 1200.0  # with processes that prepare themselves, and again with those that work
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 class PartResult(Config):
@@ -83,64 +90,84 @@ def _run(part: str, order: Order, resources: Resources) -> PartResult:
     """All processes of a part, started together and let go together; no more than this machine has room for."""
     gpus = _gpus() if resources.gpus_per_worker else 0
     workers = min(resources.workers, gpus or os.cpu_count() or 1)
-    path = Path(order.folder) / f"{part}.json"
-    processes = []
-    port = _free_port()
-    try:
+    reading, writing = os.pipe()  # every process reads from it, and begins when it ends
+    with os.fdopen(reading) as start, os.fdopen(writing, "w") as held_back, ExitStack() as ending:
+        port = _free_port()
+        tries = []
         for rank in range(workers):
-            own = path.with_suffix(f".{rank}.json")
-            own.write_text(order.model_copy(update={"rank": rank, "began": time.time()}).model_dump_json())
-            processes.append(_start(part, own, rank, workers, port, gpus))
-        for process in processes:
-            _expect_ready(part, process)
-        for process in processes:
-            assert process.stdin is not None
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        found = [_answer(part, process) for process in processes]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-    return _together(part, found)
+            path = Path(order.folder) / f"{part}.{rank}.json"
+            path.write_text(order.model_copy(update={"rank": rank, "began": time.time()}).model_dump_json())
+            tries.append(_Try(part, path, start, environment(part, rank, workers, port, gpus)))
+            ending.callback(tries[-1].end)
+        _wait(tries, lambda each: each.is_ready)
+        held_back.close()
+        _wait(tries, lambda each: each.process.poll() == 0)
+        return _together(part, [each.measured for each in tries])
 
 
-def _start(part: str, order: Path, rank: int, workers: int, port: int, gpus: int) -> subprocess.Popen[str]:
+class _Try:
+    """One process of a part. It prints into files, as reading a pipe would wait for it while another one breaks."""
+
+    def __init__(self, part: str, path: Path, start: IO[str], variables: Mapping[str, str]) -> None:
+        self.part, self._told, self._log = part, path.with_suffix(".out"), path.with_suffix(".log")
+        with self._told.open("w") as told, self._log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*PROGRAM, part, str(path)],
+                stdin=start,
+                stdout=told,
+                stderr=log,
+                preexec_fn=die_with_parent,
+                env={**os.environ, **variables},
+            )
+
+    @property
+    def is_ready(self) -> bool:
+        return "ready" in self._told.read_text().splitlines()
+
+    @property
+    def measured(self) -> Measured:
+        return Measured.model_validate_json(self._told.read_text().splitlines()[-1])
+
+    @property
+    def broken(self) -> UserError:
+        """What it says of itself when it refuses, or the last line of its traceback."""
+        status = self.process.wait()
+        lines = (self._told if status == REFUSED else self._log).read_text().splitlines()
+        why = without_secrets(lines[-1]) if lines else f"exit status {status}"
+        return UserError(f"The trial of the part {self.part} broke, and nothing can be said of its time: {why}")
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+
+def _wait(tries: list[_Try], is_over: Callable[[_Try], bool]) -> None:
+    """Until it is over for all. `UserError` at the deadline, or if one ended before, for which others would wait."""
+    deadline, left = time.monotonic() + PATIENCE_S, tries
+    while left:
+        ended = [each for each in left if each.process.poll() is not None]
+        left = [each for each in left if not is_over(each)]
+        if broken := [each for each in ended if each in left]:
+            raise broken[0].broken
+        if left and time.monotonic() > deadline:
+            raise UserError(f"The trial of the part {left[0].part} was given up after {PATIENCE_S / 60:.0f} minutes.")
+        time.sleep(0.05)
+
+
+def environment(part: str, rank: int, workers: int, port: int, gpus: int) -> dict[str, str]:
+    """The variables that a process of a part finds: the world of its training, and the GPUs that it sees.
+
+    As Ray does it: none where none is reserved, else one for each; a training chooses its own among all of them.
+    """
     world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": workers, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}  # as Ray hides them from a worker that reserves none
-    with order.with_suffix(".log").open("w") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "diffusion_core.planning.trial", part, str(order)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            preexec_fn=die_with_parent,
-            env={**os.environ, **{name: str(value) for name, value in world.items()}, **hidden},
-        )
-
-
-def _expect_ready(part: str, process: subprocess.Popen[str]) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line == "ready\n":
-            return
-    raise _broken(part, process)
-
-
-def _answer(part: str, process: subprocess.Popen[str]) -> Measured:
-    assert process.stdout is not None
-    lines = process.stdout.read().splitlines()
-    if process.wait() or not lines:
-        raise _broken(part, process)
-    return Measured.model_validate_json(lines[-1])
-
-
-def _broken(part: str, process: subprocess.Popen[str]) -> UserError:
-    log = Path(str(process.args[-1])).with_suffix(".log").read_text().rstrip().splitlines()  # type: ignore[index]
-    why = log[-1] if log else f"exit status {process.wait()}"
-    return UserError(f"The trial of the part {part} broke, and nothing can be said of its time: {why}")
+    variables = {name: str(value) for name, value in world.items()}
+    if not gpus:
+        variables[VISIBLE] = ""
+    elif part != "train":
+        listed = os.environ.get(VISIBLE)
+        variables[VISIBLE] = str(rank) if listed is None else listed.split(",")[rank].strip()
+    return variables
 
 
 def _together(part: str, found: list[Measured]) -> PartResult:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
 
 from pydantic import Field
 
 from diffusion_core.config import Config
 from diffusion_core.evaluation.config import Extractor, LikelihoodMethod
+from diffusion_core.jobs.backend import BackendKind
 from diffusion_core.planning.crew import PartResult, Trial
 from diffusion_core.planning.outlook import Outlook, State
 from diffusion_core.stages.config import PipelineConfig
 from diffusion_core.stages.pipeline import STEPS
 
-FOUND_S = 3.0  # of a job that finds its work done
-RAY_STARTS = 4.0  # Ray's import, start and end, in imports of Ray (measured on two busy cores: 4.1)
+FOUND_S = 3.0  # of a job that finds its work done, as measured once: little beside any stage that runs
+RAY_STARTS = 4.0  # Ray's import, start and end, in imports of Ray, as measured once: on two busy cores 4.1
 EXACT_STEP = 12  # network evaluations of a step of the exact likelihood: four, each with a gradient
 RAY_BYTES = 900 << 20  # of Ray's own processes on a machine and of the job's program
 
@@ -42,12 +44,15 @@ class _Estimate:
     def __init__(self, config: PipelineConfig, outlook: Outlook, trial: Trial) -> None:
         self.config, self.outlook, self.trial = config, outlook, trial
         self.raw = math.prod(outlook.image_shape)
-        self.ray_s = RAY_STARTS * trial["ray"].figures["import_s"] if "ray" in trial else 0.0
+        joins = config.backend.kind is BackendKind.jobs or os.environ.get("RAY_ADDRESS")
+        import_s = trial["ray"].figures["import_s"] if "ray" in trial else 0.0
+        self.ray_s = import_s if joins else RAY_STARTS * import_s  # a cluster that is joined runs already
 
     def of(self, stage: str) -> StagePlan:
         work = self.outlook.work[stage]
         if work.state is State.done:
-            return StagePlan(stage=stage, state=work.state, seconds=FOUND_S)
+            looked = self.outlook.hash_s if stage == "shard" else 0.0
+            return StagePlan(stage=stage, state=work.state, seconds=FOUND_S + looked)
         plan: StagePlan = getattr(self, f"_{stage}")()
         resources = getattr(self.config.resources, stage, self.config.resources.evaluate)
         gpus = 0.0 if stage in ("shard", "register") else resources.workers * resources.gpus_per_worker
@@ -58,6 +63,7 @@ class _Estimate:
         workers = self.config.resources.shard.workers
         seconds = (
             part.ready_s
+            + self.outlook.hash_s
             + self.ray_s
             + part.figures["opened_s"]
             + work.images / _rate(part, "images_per_second", workers)
@@ -104,19 +110,25 @@ class _Estimate:
         work = self.outlook.work["evaluate"]
         config = self.config.evaluation
         sampled = self._sampled("evaluate", work.images, config.batch_size, config.sampler.steps)
-        return sampled.model_copy(update={"seconds": sampled.seconds + self._measuring(work.images)})
+        return sampled.model_copy(
+            update={"seconds": sampled.seconds + self._reference(work.images) + self._measuring(work.images)}
+        )
 
-    def _measuring(self, samples: int) -> float:
-        """Seconds of the extractor's training and of the figures, in the program of the job alone."""
-        part, config = self.trial["figures"], self.config.evaluation
-        figures = part.figures
-        learning, looking = 0.0, 2 * samples
+    def _reference(self, samples: int) -> float:
+        """Seconds of the extractor's training and of the real images' features, which a dataset version needs once."""
+        config, figures = self.config.evaluation, self.trial["figures"].figures
+        learning, looking = 0.0, samples
         if not self.outlook.extractor:
             looking += self.outlook.rows.get("train", 0)
             if config.extractor is Extractor.classifier or self.outlook.class_names:
                 learning = config.classifier.images / figures["extractor_images_per_second"]
-        looked = looking / figures["features_per_second"]
-        return part.ready_s + learning + looked + figures["figures_s"] + self._held_out()
+        return learning + looking / figures["features_per_second"]
+
+    def _measuring(self, samples: int) -> float:
+        """Seconds of the features and the figures of a model's images, in the program of the job alone."""
+        part = self.trial["figures"]
+        looked = samples / part.figures["features_per_second"]
+        return part.ready_s + looked + part.figures["figures_s"] + self._held_out()
 
     def _held_out(self) -> float:
         """Seconds of likelihood and inversion, which the program of the job computes alone, by network evaluations."""
@@ -133,7 +145,7 @@ class _Estimate:
         if self.outlook.has_champion and self.outlook.work["shard"].state is not State.done:
             config = self.config.evaluation
             again = self._sampled("evaluate", self.outlook.samples, config.batch_size, config.sampler.steps)
-            seconds += again.seconds
+            seconds += again.seconds + self._measuring(self.outlook.samples)
         return StagePlan(stage="register", state=self.outlook.work["register"].state, seconds=seconds)
 
     def _generate(self) -> StagePlan:

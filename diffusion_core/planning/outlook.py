@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 from diffusion_core.bundle import bundle_digest, read_bundle_config
-from diffusion_core.data.hashing import HashCache, dataset_version, hash_files
+from diffusion_core.data.hashing import HashCache, dataset_version, digests_of, hash_files
 from diffusion_core.data.sharding import make_plan
 from diffusion_core.data.shards import ImageDataset, open_dataset
 from diffusion_core.data.sources import Source, open_source
@@ -40,16 +42,17 @@ class Work:
 class Outlook:
     """The work of each stage, by name, and the images that it is about.
 
-    source_bytes: of the source that have to be hashed; digests: SHA-256 of each file of it; extractor: whether the
-    evaluation finds its feature extractor trained; bundle_uri: of the trained model, None before it is there; samples:
-    images of each side of the evaluation; has_champion: whether a gate of this model decided before.
+    hash_s: seconds that it took to hash what the store does not know of the source, as the job has to again; digests:
+    SHA-256 of each file of it; extractor: whether the evaluation finds its feature extractor trained; bundle_uri: of
+    the trained model, None before it is there; samples: images of each side of the evaluation; has_champion: whether a
+    gate of this model decided before.
     """
 
     work: Mapping[str, Work]
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     rows: Mapping[str, int]
-    source_bytes: int
+    hash_s: float
     digests: Mapping[str, str]
     extractor: bool = False
     bundle_uri: str | None = None
@@ -63,7 +66,7 @@ def look(config: PipelineConfig) -> Outlook:
     Raises:
         UserError: the source cannot be read, or does not suit the configuration.
     """
-    source, hashed, digests, dataset = _dataset(config)
+    source, hash_s, digests, dataset = _dataset(config)
     if dataset is None:
         scan = source.scan(digests)
         shards = make_plan(Directory(config.store), scan, config.dataset)
@@ -82,7 +85,7 @@ def look(config: PipelineConfig) -> Outlook:
         shape,
         classes,
         rows,
-        source_bytes=hashed,
+        hash_s=hash_s,
         digests=digests,
         extractor=dataset is not None and _has_extractor(config, dataset),
         bundle_uri=bundle_uri,
@@ -91,19 +94,17 @@ def look(config: PipelineConfig) -> Outlook:
     )
 
 
-def _dataset(config: PipelineConfig) -> tuple[Source, int, dict[str, str], ImageDataset | None]:
-    """The source, the bytes of it that a job has to hash, what is hashed, and the version if it is there."""
+def _dataset(config: PipelineConfig) -> tuple[Source, float, dict[str, str], ImageDataset | None]:
+    """The source, the seconds that hashing it took, its digests, and the version if it is there."""
     source = open_source(config.source, config.store)
     source.limit(config.dataset.max_file_mb << 20)
     home = Directory(config.store) / layout.dataset(config.dataset.name)
     cache = HashCache(home, source.config.uri or source.kind.value)
-    files = [file for file in source.files if source.needs_hash(file)]
-    digests = {file.key: known for file in files if (known := cache.get(file)) is not None}
-    missing = [file for file in files if file.key not in digests]
-    left = sum(file.size for file in missing)
-    digests |= {key: sha256 for key, sha256, problem in hash_files(source, missing) if not problem}
+    began = time.monotonic()
+    digests = digests_of(source, cache, partial(hash_files, source))
+    hash_s = time.monotonic() - began
     place = home / dataset_version(source, digests, config.dataset)
-    return source, left, digests, open_dataset(place) if place.exists(layout.MANIFEST) else None
+    return source, hash_s, digests, open_dataset(place) if place.exists(layout.MANIFEST) else None
 
 
 def _training(config: PipelineConfig, dataset: ImageDataset | None) -> tuple[Work, str | None]:

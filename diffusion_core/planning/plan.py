@@ -18,6 +18,12 @@ from diffusion_core.planning.outlook import look
 from diffusion_core.stages.config import PipelineConfig
 from diffusion_core.store import Directory, layout
 
+_BATCHES = {
+    "train": "training.microbatch_size",
+    "evaluate": "evaluation.batch_size",
+    "generate": "generation.batch_size",
+}  # what the memory of a stage's worker grows with
+
 
 class Plan(Config):
     """What a pipeline would do and take, by stage."""
@@ -29,7 +35,7 @@ class Plan(Config):
     seconds: float = Field(description="Wall-clock seconds of all jobs, one after the other.")
     gpu_hours: float
     bytes: int = Field(description="Bytes that the store would grow by.")
-    memory: str = Field(description="One sentence: whether it fits the memory of this machine.")
+    memory: str = Field(description="Whether it fits the memory of this machine and of its GPU, in words.")
     fits: bool
     trial: Trial = Field(description="What was measured, by part.")
 
@@ -72,18 +78,26 @@ def _id(config: PipelineConfig) -> str:
 
 
 def judge_memory(stages: list[StagePlan], main: int, gpu: int) -> tuple[bool, str]:
-    """Whether the hungriest stage fits, and the sentence about it. main, gpu: bytes that there are; 0: no GPU."""
+    """Whether the hungriest stages fit, and a sentence about each. main, gpu: bytes that there are; 0: no GPU."""
     most = max(stages, key=lambda stage: stage.memory_bytes)
     if not most.memory_bytes:
         return True, "Nothing has to be computed."
     fits = most.memory_bytes <= main
-    verdict = "it fits" if fits else "it does not: ask for fewer workers or a smaller training.microbatch_size"
+    verdict = "it fits" if fits else f"it does not fit, ask for fewer workers{_or_smaller(most)}"
     sentence = f"The most memory at once takes {most.stage}, {_gb(most.memory_bytes)} of {_gb(main)}: {verdict}."
     hungry = max(stages, key=lambda stage: stage.gpu_memory_bytes)
     if gpu and hungry.gpu_memory_bytes:
-        fits = fits and hungry.gpu_memory_bytes <= gpu
-        sentence += f" Of a GPU's {_gb(gpu)} a worker of {hungry.stage} takes {_gb(hungry.gpu_memory_bytes)}."
+        fits_gpu = hungry.gpu_memory_bytes <= gpu
+        fits = fits and fits_gpu
+        verdict = "it fits" if fits_gpu else f"it does not fit, ask for a smaller {_BATCHES[hungry.stage]}"
+        sentence += (
+            f" Of a GPU's {_gb(gpu)} a worker of {hungry.stage} takes {_gb(hungry.gpu_memory_bytes)}: {verdict}."
+        )
     return fits, sentence
+
+
+def _or_smaller(stage: StagePlan) -> str:
+    return f" or a smaller {_BATCHES[stage.stage]}" if stage.stage in _BATCHES else ""
 
 
 def main_memory() -> int:

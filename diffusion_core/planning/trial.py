@@ -19,11 +19,12 @@ from typing import Any
 
 from pydantic import Field
 
-from diffusion_core.config import Config
+from diffusion_core.config import Config, UserError
 from diffusion_core.stages.config import PipelineConfig
 from diffusion_core.store import Directory, layout
 
 ENOUGH_S = 6.0  # of each part, after its first unit of work
+REFUSED = 2  # exit status of a process that says in its last line what the user did wrong
 _TRIED_STEPS = 6  # of a sampler
 _NOISE_IMAGES = 1024
 
@@ -71,6 +72,8 @@ def shard(order: Order) -> Callable[[], dict[str, float]]:
 
     source = open_source(order.config.source, order.config.store)
     source.limit(order.config.dataset.max_file_mb << 20)
+    files = [file.key for file in source.files if source.needs_hash(file)]
+    source.exclude({key: "not among what was hashed" for key in files if key not in order.digests})
     plan = make_plan(Directory(order.folder), source.scan(order.digests), order.config.dataset)
 
     def work() -> dict[str, float]:
@@ -304,16 +307,20 @@ PARTS: dict[str, Part] = {"shard": shard, "train": train, "sample": sample, "fig
 
 
 def main() -> int:
-    """Prepare, say that all is ready, wait to be told to begin, measure, and print what was found."""
+    """Prepare, say that all is ready, wait for the end of the input, measure, and print what was found."""
     part, path = sys.argv[1:]
     order = Order.model_validate_json(Path(path).read_text())
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
         os.environ.pop(name, None)
-    work = PARTS[part](order)
-    ready_s = time.time() - order.began
-    print("ready", flush=True)
-    sys.stdin.readline()
-    found = work()
+    try:
+        work = PARTS[part](order)
+        ready_s = time.time() - order.began
+        print("ready", flush=True)
+        sys.stdin.read()
+        found = work()
+    except UserError as error:
+        print(error, flush=True)
+        return REFUSED
     measured = Measured(ready_s=ready_s, figures=found, peak_bytes=_peak(), peak_gpu_bytes=_gpu_peak())
     print(measured.model_dump_json(), flush=True)
     return 0

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 from diffusion_core.config import digest, identity
-from diffusion_core.data.hashing import HashCache, Hashed, dataset_version, hash_files
+from diffusion_core.data.hashing import HashCache, Hashed, dataset_version, digests_of, hash_files
 from diffusion_core.data.sharding import (
     KILLED,
     Plan,
@@ -70,7 +70,8 @@ def make_dataset(request: ShardRequest) -> tuple[ImageDataset, bool]:
     home = Directory(request.store) / layout.dataset(request.dataset.name)
     cache = HashCache(home, source.config.uri or source.kind.value)
     with ExitStack() as cluster:
-        digests = _hash_source(source, cache, request.resources, cluster)
+        digests = digests_of(source, cache, partial(_hash, source, request.resources, cluster))
+        cache.save()
         version = dataset_version(source, digests, request.dataset)
         about(dataset=f"{request.dataset.name}@{version}")
         directory = home / version
@@ -92,32 +93,17 @@ def make_dataset(request: ShardRequest) -> tuple[ImageDataset, bool]:
     return dataset, reused
 
 
-def _hash_source(source: Source, cache: HashCache, resources: Resources, cluster: ExitStack) -> dict[str, str]:
-    """SHA-256 of every file by key, from the cache where size and stamp are unchanged."""
-    files = {file.key: file for file in source.files if source.needs_hash(file)}
-    digests = {key: known for key, file in files.items() if (known := cache.get(file)) is not None}
-    missing = [file for key, file in files.items() if key not in digests]
-    if not missing:
-        return digests
-    here = len(missing) <= HASH_HERE_FILES and sum(file.size for file in missing) <= HASH_HERE_BYTES
-    problems: dict[str, str] = {}
-    with Progress("hash", len(missing), "files") as progress:
-        for key, sha256, problem in (
-            hash_files(source, missing) if here else _hash_on_cluster(source, missing, resources, cluster)
-        ):
+def _hash(source: Source, resources: Resources, cluster: ExitStack, files: list[SourceFile]) -> Iterator[Hashed]:
+    """Hash files in this process, or on the cluster if they are many."""
+    here = len(files) <= HASH_HERE_FILES and sum(file.size for file in files) <= HASH_HERE_BYTES
+    with Progress("hash", len(files), "files") as progress:
+        for hashed in hash_files(source, files) if here else _hash_on_cluster(source, resources, cluster, files):
             progress.advance()
-            if problem:
-                problems[key] = problem
-                continue
-            digests[key] = sha256
-            cache.put(files[key], sha256)
-    source.exclude(problems)
-    cache.save()
-    return digests
+            yield hashed
 
 
 def _hash_on_cluster(
-    source: Source, files: list[SourceFile], resources: Resources, cluster: ExitStack
+    source: Source, resources: Resources, cluster: ExitStack, files: list[SourceFile]
 ) -> Generator[Hashed]:
     kind, config, place = type(source), source.config, source.place
 
