@@ -2,7 +2,8 @@
 
 Whoever answers first decides: the form of the paused run, or `diffusion approve` from any shell that reaches the store.
 The answer's home is the store (`diffusion_core.tracking.approval`); the pause shows the question, and ends with it. The
-wait outlives the Prefect server: what fails is tried again until the question is answered or its time is over.
+wait outlives the Prefect server and the store: what fails is tried again until the question is answered or its time is
+over.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pydantic import Field, ValidationError
 from diffusion_core.config import UserError
 from diffusion_core.jobs.request import Result
 from diffusion_core.stages.evaluate import amount
+from diffusion_core.store.patience import StoreUnavailable
 from diffusion_core.tracking import approval
 from diffusion_core.tracking.approval import Answer, Question
 from flows import artifacts
@@ -69,14 +71,14 @@ class _Wait:
     def answer(self) -> Answer:
         """The answer, with the flow run running again."""
         while True:
-            answer = approval.answer_of(self._store, self._question)
             try:
+                answer = approval.answer_of(self._store, self._question)
                 with get_client(sync_client=True) as client:
                     state = client.read_flow_run(self._run).state
                     if (done := self._step(client, state, answer)) is not None:
                         return done
-            except httpx.HTTPError as error:
-                get_run_logger().warning("The Prefect server does not answer, the wait goes on: %r", error)
+            except (httpx.HTTPError, StoreUnavailable) as error:
+                get_run_logger().warning("Prefect or the store does not answer, the wait goes on: %r", error)
             time.sleep(POLL_S)
 
     def _step(self, client: SyncPrefectClient, state: State | None, answer: Answer | None) -> Answer | None:

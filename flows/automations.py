@@ -7,18 +7,20 @@ disabling it keeps it, so that the UI shows it; neither ever makes a second one 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 from uuid import UUID
 
 from prefect.blocks.webhook import Webhook
-from prefect.client.orchestration import get_client
 from prefect.events.actions import ActionTypes, CallWebhook, RunDeployment
 from prefect.events.schemas.automations import Automation, AutomationCore, EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
 
 from diffusion_core.config import UserError
+from diffusion_core.stages.settings import preset_names
+from flows.server import prefect_server
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -50,9 +52,11 @@ class Shipped:
     description: str
     trigger: EventTrigger
     deployment: str | None = None
-    """Name of the deployment that is run, with its flow: `flow/deployment`."""
-    parameters: dict[str, Any] | None = None
-    """Of that run, as templates of the event."""
+    """The form that is run, as `flow/deployment`."""
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    """Its inputs, as templates of the event."""
+    needs_preset: bool = False
+    """Whether it has to be said what it starts from where the event names no preset."""
 
 
 SHIPPED = (
@@ -60,25 +64,22 @@ SHIPPED = (
         "new-data-trains",
         "A new dataset version, made by anything but a pipeline (which trains on it anyway), is trained on.",
         EventTrigger(expect={"diffusion.dataset.created"}, match_related=[_OURS, _NOT_OF_A_PIPELINE]),
-        "train-model/train-model",
+        "train-model/train",
         {
-            "request": {
-                "store": "{{ event.payload.store }}",
-                "experiment": "{{ event.payload.dataset }}",
-                "spec": {"dataset_uri": "{{ event.payload.uri }}"},
-            }
+            "store": "{{ event.payload.store }}",
+            "dataset": "{{ event.payload.dataset }}@{{ event.payload.version }}",
+            "name": "{{ event.payload.dataset }}",
         },
+        needs_preset=True,
     ),
     Shipped(
         "champion-generates",
         "A new champion makes an image set.",
         EventTrigger(expect={"diffusion.champion.changed"}),
-        "generate-images/generate-images",
+        "generate-images/generate",
         {
-            "request": {
-                "store": "{{ event.payload.store }}",
-                "model": "models:/{{ event.payload.model }}/{{ event.payload.version }}",
-            }
+            "store": "{{ event.payload.store }}",
+            "model": "{{ event.payload.model }}/{{ event.payload.version }}",
         },
     ),
     Shipped(
@@ -112,26 +113,26 @@ NAMES = tuple(shipped.name for shipped in SHIPPED)
 
 def states() -> dict[str, bool | None]:
     """By name: True if enabled, False if disabled, None if the server does not know it."""
-    with get_client(sync_client=True) as client:
+    with prefect_server() as client:
         found = {shipped.name: _existing(client, shipped) for shipped in SHIPPED}
     return {name: None if automation is None else automation.enabled for name, automation in found.items()}
 
 
-def enable(name: str, webhook_variable: str = WEBHOOK_VARIABLE, deployment: str | None = None) -> None:
+def enable(name: str, webhook_variable: str = WEBHOOK_VARIABLE, preset: str | None = None) -> None:
     """Make an automation in the Prefect server, or bring it up to date, and enable it.
 
     Args:
         name: one of `NAMES`.
         webhook_variable: name of the environment variable with the address of the webhook. It is a secret: it is kept
             encrypted in a block of the server, and shown nowhere. If it is not set, the address that is kept counts.
-        deployment: another deployment to run than the usual one, as `flow/deployment`.
+        preset: which one the run starts from, where the event names none.
 
     Raises:
-        UserError: there is no such automation, deployment or address.
+        UserError: there is no such automation, deployment, address or preset.
     """
     shipped = _shipped(name)
-    with get_client(sync_client=True) as client:
-        action = _action(client, shipped, webhook_variable, deployment)
+    with prefect_server() as client:
+        action = _action(client, shipped, webhook_variable, preset)
         wanted = AutomationCore(
             name=PREFIX + name,
             description=shipped.description,
@@ -151,7 +152,7 @@ def enable(name: str, webhook_variable: str = WEBHOOK_VARIABLE, deployment: str 
 
 def disable(name: str) -> None:
     """Disable an automation, which stays in the server; one that is not there is disabled already."""
-    with get_client(sync_client=True) as client:
+    with prefect_server() as client:
         if existing := _existing(client, _shipped(name)):
             client.pause_automation(existing.id)
 
@@ -167,15 +168,31 @@ def _existing(client: SyncPrefectClient, shipped: Shipped) -> Automation | None:
     return next(iter(client.read_automations_by_name(PREFIX + shipped.name)), None)
 
 
-def _action(client: SyncPrefectClient, shipped: Shipped, variable: str, deployment: str | None) -> ActionTypes:
+def _action(client: SyncPrefectClient, shipped: Shipped, variable: str, preset: str | None) -> ActionTypes:
+    _check_preset(shipped, preset)
     if shipped.deployment is None:
         return CallWebhook(block_document_id=_webhook(client, variable), payload=_MESSAGE)
-    wanted = deployment or shipped.deployment
     try:
-        found = client.read_deployment_by_name(wanted)
+        found = client.read_deployment_by_name(shipped.deployment)
     except ObjectNotFound:
-        raise UserError(f"automation {shipped.name}: the Prefect server has no deployment {wanted}.") from None
-    return RunDeployment(source="selected", deployment_id=found.id, parameters=shipped.parameters)
+        missing = f"the Prefect server has no deployment {shipped.deployment}"
+        raise UserError(f"automation {shipped.name}: {missing}.") from None
+    inputs = dict(shipped.parameters)
+    if preset is not None:
+        inputs["preset"] = "{{ (event.payload.preset or '" + preset + "') }}"
+    return RunDeployment(source="selected", deployment_id=found.id, parameters=inputs)
+
+
+def _check_preset(shipped: Shipped, preset: str | None) -> None:
+    accepted = f"accepted are {', '.join(preset_names())}"
+    if preset is None and shipped.needs_preset:
+        raise UserError(
+            f"automation {shipped.name}: --preset: say what it starts from where data names none; {accepted}."
+        )
+    if preset is not None and shipped.deployment is None:
+        raise UserError(f"automation {shipped.name}: --preset: it calls a webhook, and takes no preset.")
+    if preset is not None and preset not in preset_names():
+        raise UserError(f"automation {shipped.name}: --preset: there is no preset {preset}; {accepted}.")
 
 
 def _webhook(client: SyncPrefectClient, variable: str) -> UUID:

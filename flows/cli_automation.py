@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from flows import options as o
-from flows.options import DEFAULT_STORE, print_json
+from flows import server
+from flows.options import print_json
 
 automation_app = typer.Typer(help="What may follow from an event by itself: off until it is enabled.")
 
@@ -32,9 +33,9 @@ def approve(
     """Answer what a gate with `approval: ask` wants to know of a person."""
     from diffusion_core.tracking import approval
 
-    place = _adopted(store)
+    place = server.place(store)
     asked = approval.open_question(place, question)
-    answer = approval.answer(place, asked, accept, by or getpass.getuser(), reason)
+    answer = approval.answer(place, asked, accept, by or _user(), reason)
     if as_json:
         print_json({"model": asked.model, "version": asked.version, **answer.model_dump(mode="json")})
         return
@@ -45,7 +46,7 @@ def approve(
 @automation_app.command(name="list")
 def list_all(store: o.Store = None, as_json: o.Json = False) -> None:
     """List the automations, and whether the Prefect server has them enabled."""
-    _use_server(store)
+    server.prepared(store)
     from flows import automations
 
     states = automations.states()
@@ -63,48 +64,34 @@ def enable(
     webhook_env: Annotated[
         str, typer.Option("--webhook-env", help="Environment variable with the address of the webhook, a secret.")
     ] = "DIFFUSION_WEBHOOK_URL",
-    deployment: Annotated[
-        str | None, typer.Option("--deployment", help="Deployment to run, as flow/deployment, if not the usual one.")
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="Preset that its runs start from where the event names none.")
     ] = None,
     store: o.Store = None,
 ) -> None:
     """Enable an automation, and bring it up to date."""
-    _use_server(store)
+    server.prepared(store)
     from flows import automations
 
-    automations.enable(name, webhook_env, deployment)
+    automations.enable(name, webhook_env, preset)
     typer.echo(f"{name} is enabled")
 
 
 @automation_app.command()
 def disable(name: Name, store: o.Store = None) -> None:
     """Disable an automation."""
-    _use_server(store)
+    server.prepared(store)
     from flows import automations
 
     automations.disable(name)
     typer.echo(f"{name} is disabled")
 
 
-def _adopted(store: str | None) -> str:
-    """The store that is meant, with the servers of its stack."""
-    from flows.stack import services
-
-    services.adopt(store or DEFAULT_STORE)
-    return store or DEFAULT_STORE
-
-
-def _use_server(store: str | None) -> None:
-    """Automations live in a server: that of the environment, or of the stack of this store."""
-    import os
-
+def _user() -> str:
+    """Of this shell."""
     from diffusion_core.config import UserError
-    from flows.runner import prepare_prefect
 
-    place = _adopted(store)
-    if not os.environ.get("PREFECT_API_URL"):
-        raise UserError(
-            "automation: there is no Prefect server: set PREFECT_API_URL, or start one with "
-            f"diffusion stack up --store {place}."
-        )
-    prepare_prefect()
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # as in a container, without an entry in passwd
+        raise UserError("--by: say who answers; this machine has no name for the user of this shell.") from None

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from typing import Annotated, Any
 
 import typer
 
 from flows import options as o
-from flows.options import DEFAULT_STORE, print_json
+from flows import server
+from flows.options import print_json
 
 Reference = Annotated[
     str,
@@ -35,15 +35,15 @@ def promote(
     """Make a version the champion, whatever the gate said."""
     from diffusion_core import tracking
 
-    tracking.promote(model, version, _place(store))
-    _say_champion(model, version, _place(store), as_json)
+    tracking.promote(model, version, server.place(store))
+    _say_champion(model, version, server.place(store), as_json)
 
 
 def rollback(model: ModelName, store: o.Store = None, as_json: o.Json = False) -> None:
     """Give the alias champion back to the version that held it before."""
     from diffusion_core import tracking
 
-    _say_champion(model, tracking.rollback(model, _place(store)), _place(store), as_json)
+    _say_champion(model, tracking.rollback(model, server.place(store)), server.place(store), as_json)
 
 
 def lineage(
@@ -55,7 +55,7 @@ def lineage(
     """Say where something comes from: image, shard, set, model version, run, dataset version, source."""
     from diffusion_core.catalog.lineage import lineage as trace
 
-    steps = trace(reference, _place(store), image)
+    steps = trace(reference, server.place(store), image)
     if as_json:
         print_json(steps)
         return
@@ -80,7 +80,7 @@ def reproduce(
     from diffusion_core.catalog.reproduce import reproduce as make_again
     from diffusion_core.generation.imageset import open_imageset
 
-    place = _place(store)
+    place = server.place(store)
     images = open_imageset(find.image_set(reference, place))
     ids = image or [first for first, _ in images.ranges()[:1]]
     rows = make_again(reference, place, ids)
@@ -100,7 +100,7 @@ def verify(reference: Reference, store: o.Store = None, as_json: o.Json = False)
     """Read a set, a dataset version or a bundle again and compare every digest with what is recorded."""
     from diffusion_core.catalog.verify import verify as check
 
-    what, problems = check(reference, _place(store))
+    what, problems = check(reference, server.place(store))
     if as_json:
         print_json({"verified": what, "problems": problems})
     else:
@@ -122,35 +122,25 @@ def list_kind(
         raise UserError(f"list {kind}: there is no such list; accepted are {', '.join(KINDS)}.")
     from diffusion_core.stages.checks import check_readable
 
-    check_readable(_place(store))
-    rows = KINDS[kind](_place(store))
+    check_readable(server.place(store))
+    rows = KINDS[kind](server.place(store))
     if as_json:
         print_json(rows)
     else:
-        typer.echo(aligned_rows(rows) or f"no {kind} in {_place(store)}")
-
-
-def _place(store: str | None) -> str:
-    """The store that is meant; a stack that runs for it serves its records."""
-    from flows.stack import services
-
-    services.adopt(store or DEFAULT_STORE)
-    return store or DEFAULT_STORE
+        typer.echo(aligned_rows(rows) or f"no {kind} in {server.place(store)}")
 
 
 def _say_champion(model: str, version: int, store: str, as_json: bool) -> None:
     """Tell the person, and the Prefect server if there is one."""
+    from diffusion_core.stages.register import champion_changed
+    from diffusion_core.tracking import champion_before
+
     if as_json:
         print_json({"model": model, "version": version, "alias": "champion"})
     else:
         typer.echo(f"models:/{model}@champion is now version {version}")
-    if os.environ.get("PREFECT_API_URL"):
-        from diffusion_core.stages.register import champion_changed
-        from diffusion_core.tracking import champion_before
-        from flows import events
-
-        before = champion_before(store, model)
-        events.tell([champion_changed(model, version, before, "Set by hand.", by_hand=True)], store)
+    before = champion_before(store, model)
+    server.tell([champion_changed(model, version, before, "Set by hand.", by_hand=True)], store)
 
 
 def aligned_rows(rows: list[dict[str, Any]]) -> str:

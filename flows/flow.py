@@ -77,13 +77,17 @@ def _is_news(error: BaseException) -> bool:
 
 
 class _OneTraceback(logging.Filter):
-    """Lets the first traceback of each error through, and none of a user's mistake."""
+    """Lets the first traceback of each error through, and none of a user's mistake.
+
+    What else a record says stays. One that only repeats the error goes.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info is None:
+        error = record.exc_info[1] if record.exc_info else None
+        if error is None or (not isinstance(error, UserError) and _is_news(error)):
             return True
-        error = record.exc_info[1]
-        return error is not None and not isinstance(error, UserError) and _is_news(error)
+        record.exc_info = None
+        return not any(told in record.getMessage() for told in (repr(error), str(error)) if told)
 
 
 for _name in ("prefect.flow_runs", "prefect.task_runs"):

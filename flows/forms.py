@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, get_args, get_origin
@@ -19,20 +19,17 @@ from pydantic.fields import FieldInfo
 from pydantic_core import MISSING
 
 from diffusion_core.config import UserError
-from diffusion_core.stages import pipeline
+from diffusion_core.stages import overrides, pipeline
 from diffusion_core.stages.config import PipelineConfig
 from diffusion_core.stages.options import Options, typed, understood
 from diffusion_core.stages.registry import STAGES, Entry
 from diffusion_core.stages.settings import preset_names
-from flows.checked import check_unless_done
 from flows.flow import diffusion_flow
 from flows.pipeline import diffusion_pipeline, run_pipeline
-from flows.stages import run_stage
+from flows.stages import run_checked
 
 Work = Callable[[Any, PipelineConfig], Any]
 
-OVERRIDES = "overrides"  # the settings of a verb, in one field of text
-_LINE = re.compile(r"([\w.]+)\s*[:=]\s*(.*)")
 _OPTION = re.compile(r"--[a-z-]+")
 _KEPT = ("type", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
@@ -40,16 +37,24 @@ _KEPT = ("type", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMax
 def filled_in(kind: type[Options], given: Mapping[str, Any]) -> tuple[Any, PipelineConfig]:
     """The options and the configuration that a form stands for; UserError about the first input that is wrong."""
     said = {name: value for name, value in given.items() if value not in ("", None, MISSING)}
-    settings = list(_settings(said.pop(OVERRIDES, "")))
+    settings = overrides.as_settings(said.pop(overrides.WHERE, ""))
     for name in said.keys() & kind.model_fields.keys():
-        if _is_list(kind.model_fields[name]):
-            said[name] = re.split(r"[,\s]+", said[name].strip())
-    with _in_words(kind):
-        return understood(kind, {**said, "settings": settings}, OVERRIDES)
+        said[name] = _as_typed(said[name], kind.model_fields[name])
+    with in_words(kind):
+        return understood(kind, {**said, "settings": settings}, overrides.WHERE)
+
+
+def _as_typed(value: Any, field: FieldInfo) -> Any:
+    """Text for what takes text: an API may be told a number, or a list where the form has commas."""
+    if _is_list(field):
+        return re.split(r"[,\s]+", value.strip()) if isinstance(value, str) else value
+    if _kind(field) is str:
+        return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return value
 
 
 @contextmanager
-def _in_words(kind: type[Options]) -> Iterator[None]:
+def in_words(kind: type[Options]) -> Iterator[None]:
     """A mistake is told with the title of the input, where the verb tells it with its option."""
     titles = {f"--{name.replace('_', '-')}": _title(name, field) for name, field in kind.model_fields.items()}
     try:
@@ -58,20 +63,13 @@ def _in_words(kind: type[Options]) -> Iterator[None]:
         raise UserError(_OPTION.sub(lambda match: titles.get(match[0], match[0]), str(error))) from None
 
 
-def _settings(text: str) -> Iterator[str]:
-    """`training.batch_size: 256`, one a line, as a verb has it: `training.batch_size=256`."""
-    for line in filter(None, map(str.strip, text.splitlines())):
-        match = _LINE.fullmatch(line)
-        yield f"{match[1]}={match[2]}" if match else line
-
-
-def _form(flow_name: str, name: str, summary: str, kind: type[Options], work: Work, inputs: Sequence[str]) -> Any:
-    """A flow with an input for each of these options; the worker finds it in this module by `name`."""
+def _form(flow_name: str, name: str, summary: str, kind: type[Options], work: Work) -> Any:
+    """A flow with an input for each option that is asked for; the worker finds it in this module by `name`."""
 
     def run(**given: Any) -> Any:
         return work(*filled_in(kind, given))
 
-    parameters = [_parameter(field, kind.model_fields[field]) for field in inputs]
+    parameters = [_parameter(field, kind.model_fields[field]) for field in _inputs(kind)]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__name__ = run.__qualname__ = name.replace("-", "_")
     return diffusion_flow(flow_name, description=summary, persist_result=False)(run)
@@ -80,9 +78,7 @@ def _form(flow_name: str, name: str, summary: str, kind: type[Options], work: Wo
 def _inputs(kind: type[Options]) -> list[str]:
     """The options that a form asks for, in its order: what is seldom changed comes last."""
     last = ("store", "backend", "settings") if kind.needs_source else ("preset", "store", "backend", "settings")
-    asked = [name for name, field in kind.model_fields.items() if typed(field).asked_in_forms]
-    if not kind.needs_configuration:
-        asked = [name for name in asked if name not in ("preset", "settings")]
+    asked = [name for name, field in kind.asked().items() if typed(field).asked_in_forms]
     return sorted(asked, key=lambda name: last.index(name) if name in last else -1)
 
 
@@ -92,7 +88,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     help_ = field.description
     default = ... if field.is_required() else MISSING  # None would be sent along, and refused as no text or number
     if name == "settings":
-        name, help_ = OVERRIDES, "Any other field of the configuration, one a line, as training.batch_size: 256."
+        name, help_ = overrides.WHERE, "Any other field of the configuration, one a line, as training.batch_size: 256."
     info = Field(default, description=help_, json_schema_extra=shape)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=info, annotation=Any)
 
@@ -110,9 +106,13 @@ def _shape(name: str, field: FieldInfo) -> dict[str, Any]:
     sets = typed(field).sets
     shape = _of_path(sets) if isinstance(sets, str) else {}
     if "type" not in shape:
-        kinds = [each for each in get_args(field.annotation) if each is not type(None)] or [field.annotation]
-        shape = TypeAdapter(kinds[0]).json_schema()
+        shape = TypeAdapter(_kind(field)).json_schema()
     return {key: value for key, value in shape.items() if key in _KEPT}
+
+
+def _kind(field: FieldInfo) -> Any:
+    """The type of an option, without None."""
+    return next((each for each in get_args(field.annotation) if each is not type(None)), field.annotation)
 
 
 def _is_list(field: FieldInfo) -> bool:
@@ -139,8 +139,7 @@ def _resolved(schema: dict[str, Any]) -> dict[str, Any]:
 def _of_pipeline() -> Flow[..., Any]:
     summary = str(diffusion_pipeline.description)
     options = pipeline.PipelineOptions
-    flow_name, inputs = diffusion_pipeline.name, _inputs(options)
-    return _form(flow_name, "pipeline", summary, options, lambda _, config: run_pipeline(config), inputs)
+    return _form(diffusion_pipeline.name, "pipeline", summary, options, lambda _, config: run_pipeline(config))
 
 
 def _of_stage(entry: Entry) -> Iterator[tuple[str, Flow[..., Any]]]:
@@ -148,15 +147,13 @@ def _of_stage(entry: Entry) -> Iterator[tuple[str, Flow[..., Any]]]:
     stage = entry.load()
 
     def work(options: Any, config: PipelineConfig) -> Any:
-        with _in_words(stage.options):
-            request, backend = options.request(config), config.backend
-        check_unless_done(lambda: stage.check(request, backend))
-        return run_stage(stage.name, request, backend)
+        with in_words(type(options)):
+            request = options.request(config)
+        return run_checked(stage.name, request, config.backend)
 
-    inputs = [name for name in _inputs(stage.options) if stage.is_job or name != "backend"]
-    yield stage.name, _form(stage.flow, stage.name, entry.summary, stage.options, work, inputs)
+    yield stage.name, _form(stage.flow, stage.name, entry.summary, stage.options, work)
     for form in stage.short_forms:
-        yield form.name, _form(stage.flow, form.name, form.summary, stage.options, work, form.inputs)
+        yield form.name, _form(stage.flow, form.name, form.summary, form.options, work)
 
 
 FORMS = {"pipeline": _of_pipeline(), **{name: made for entry in STAGES.values() for name, made in _of_stage(entry)}}

@@ -6,6 +6,7 @@ finished one is quick. The work is that of a job, but for stages that say that t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from prefect import Flow, task
@@ -63,13 +64,22 @@ def run_stage(stage: str, request: Request, backend: BackendConfig) -> Any:
     return work() if question is None else approval.decided(work, question, request.store)
 
 
+def run_checked(stage: str, request: Request, backend: BackendConfig) -> Any:
+    """What the flow of a stage does: it looks first at what can go wrong, then runs the stage."""
+    check_unless_done(lambda: STAGES[stage].load().check(request, backend))
+    return run_stage(stage, request, backend)
+
+
 def _flow(entry: Entry) -> Flow[..., Any]:
     stage = entry.load()
 
-    def run(request: Any, backend: BackendConfig = BackendConfig()) -> Any:  # noqa: B008
-        check_unless_done(lambda: stage.check(request, backend))
-        return run_stage(stage.name, request, backend)
+    def run_job(request: Any, backend: BackendConfig = BackendConfig()) -> Any:  # noqa: B008
+        return run_checked(stage.name, request, backend)
 
+    def run_here(request: Any) -> Any:
+        return run_checked(stage.name, request, BackendConfig())
+
+    run: Callable[..., Any] = run_job if stage.is_job else run_here
     # From these Prefect makes the form, and finds the flow of a deployment: by this name, in this module.
     run.__annotations__ = {"request": stage.request, "backend": BackendConfig, "return": stage.result}
     run.__name__ = run.__qualname__ = stage.flow.replace("-", "_")

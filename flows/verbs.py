@@ -14,6 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from diffusion_core.stages.registry import STAGES, Entry
+from flows import server
 from flows.options import Json, print_json
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ def _of_stage(entry: Entry) -> _Lazy:
             else:
                 stage.check(request, backend)
                 result = stage.run(request)
+                if stage.events:
+                    server.tell(stage.events(request, result), request.store)
             if stage.text and not as_json:
                 typer.echo(f"{stage.text(result)}\n")
             _show(result, stage.rows(result), as_json)
@@ -144,7 +147,7 @@ def _understood(kind: Any, given: dict[str, Any]) -> Any:
 
 def _command(name: str, summary: str, options: type[Options], run: Run, only: tuple[str, ...] | None = None) -> Command:
     """A verb with an option for each field of `options`, or for some, and `--json`."""
-    fields = {field: info for field, info in options.model_fields.items() if only is None or field in only}
+    fields = {field: info for field, info in options.asked().items() if only is None or field in only}
     parameters = [_parameter(field, info) for field, info in fields.items()]
     parameters.append(inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json))
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from tenacity import retry, stop_after_attempt
 
 from diffusion_core.store import Directory
 from tests.swift_server import SwiftServer, swift_server
@@ -127,6 +128,7 @@ def ray_cluster(s3_server: SwiftServer, request: pytest.FixtureRequest) -> Itera
         cluster.shutdown()
 
 
+@retry(stop=stop_after_attempt(3), reraise=True)  # Ray gives a node 30 s to start, which a busy machine may exceed
 def start_ray(nodes: list[dict[str, object]]) -> Cluster:
     """Start a Ray cluster of some nodes on this machine, without connecting this process to it.
 
@@ -136,9 +138,13 @@ def start_ray(nodes: list[dict[str, object]]) -> Cluster:
     from ray.cluster_utils import Cluster
 
     cluster = Cluster()
-    for node in nodes:
-        options = {"node_ip_address": "127.0.0.1", "include_dashboard": False, **node}
-        cluster.add_node(**options)
+    try:
+        for node in nodes:
+            options = {"node_ip_address": "127.0.0.1", "include_dashboard": False, **node}
+            cluster.add_node(**options)
+    except Exception:
+        cluster.shutdown()
+        raise
     return cluster
 
 

@@ -93,8 +93,8 @@ class Api:
 
 
 def _is_busy(error: BaseException) -> bool:
-    """Prefect answers 503 while its database is locked, and its own clients ask again then."""
-    return isinstance(error, urllib.error.HTTPError) and error.code == 503
+    """Prefect answers late, or 503, while its database is locked, and its own clients ask again then."""
+    return isinstance(error, TimeoutError) or (isinstance(error, urllib.error.HTTPError) and error.code == 503)
 
 
 class LocalStack:
@@ -102,12 +102,14 @@ class LocalStack:
 
     def __init__(self, store: str, *options: str) -> None:
         self.store = store
-        self._options = ("--prefect-port", free_port(), "--mlflow-port", free_port(), *options)
+        self._options = options
+        self._ports: tuple[str, ...] = ()  # drawn late, before another program takes them
         self.services: dict[str, Any] = {}
 
     def up(self) -> dict[str, Any]:
         """Bring it up, with what of it is down; the services by name."""
-        started = diffusion("stack", "up", "--store", self.store, *self._options)
+        self._ports = self._ports or ("--prefect-port", free_port(), "--mlflow-port", free_port())
+        started = diffusion("stack", "up", "--store", self.store, *self._ports, *self._options)
         self.services = {service["name"]: service for service in started}
         return self.services
 

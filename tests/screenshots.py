@@ -1,4 +1,4 @@
-"""The pictures of the README's section about the UIs: `python -m tests.screenshots FOLDER --store STORE`.
+"""The pictures of the README's section about the UIs: `python -m tests.screenshots flows/pictures --store STORE`.
 
 The store is one in which `diffusion demo` has ended. A stack is started on it, the pipeline is run from its form, where
 most of it is found done, and once more with a longer training and a question to a person.

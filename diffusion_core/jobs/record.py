@@ -26,10 +26,8 @@ class KeptRecorder(RunRecorder):
         super().log(images_seen, metrics)
         self._files.note(images_seen, metrics)
 
-    def unrecorded(self) -> list[tuple[int, dict[str, float]]]:
-        """What goes with the checkpoint that is about to be written."""
+    def checkpointing(self) -> None:
         self._files.write()
-        return super().unrecorded()
 
 
 def recorded_mlflow_run(run: RunDirectory) -> str | None:

@@ -22,11 +22,11 @@ Rows = list[tuple[str, str]]  # of a table: what it is, and its value
 
 @dataclass(frozen=True)
 class ShortForm:
-    """A deployment that asks for little: some of the options of a stage, the one that matters most first."""
+    """A deployment that asks for little: the few options that make a request of the stage, the rest being settled."""
 
     name: str
     summary: str
-    inputs: tuple[str, ...]
+    options: type[Options]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 
 from diffusion_core.config import execution
 from diffusion_core.evaluation.config import EvaluationConfig
@@ -25,7 +26,9 @@ class EvaluateRequest(Request):
     bundle_uri: str
     dataset_uri: str
     evaluation: EvaluationConfig = EvaluationConfig()
-    mlflow_run_id: str | None = execution(None, description="MLflow run to which the figures are attached.")
+    mlflow_run_id: SkipJsonSchema[str | None] = execution(
+        None, description="MLflow run to which the figures are attached."
+    )
 
     @classmethod
     def of(
@@ -130,7 +133,7 @@ def events(request: EvaluateRequest, result: EvaluateResult) -> list[Event]:
     evaluation = result.uri.split("/")[-2]
     asked = {"bundle_uri": request.bundle_uri, "dataset_uri": request.dataset_uri}
     payload = {**asked, **result.model_dump(exclude={"reused", "seconds"})}
-    return [Event("diffusion.model.evaluated", evaluation, payload, once=evaluation)]
+    return [Event("diffusion.evaluation.completed", evaluation, payload, once=evaluation)]
 
 
 STAGE = Stage(

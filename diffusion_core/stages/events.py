@@ -22,12 +22,14 @@ class Event:
         payload: ids, digests, counts and figures.
         once: what this can happen to once only, as a version's id. A stage that finds its work done says the same
             again, and it is told only if it was not told before. Without it, it is news each time.
+        repeats: it is news this time, whether it was told before or not, and a stage that says it later is silent.
     """
 
     name: str
     thing: str
     payload: Mapping[str, Any] = field(default_factory=dict)
     once: str | None = None
+    repeats: bool = False
 
     @property
     def resource(self) -> str:

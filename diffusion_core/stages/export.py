@@ -6,8 +6,10 @@ import time
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 
-from diffusion_core.jobs.request import Request, Result
+from diffusion_core.config import execution
+from diffusion_core.jobs.request import Request, Resources, Result
 from diffusion_core.stages import options as o
 from diffusion_core.stages.base import Rows, Stage, seconds
 from diffusion_core.stages.events import Event
@@ -25,6 +27,7 @@ ImagesSeen = Annotated[
 
 
 class ExportRequest(Request):
+    resources: SkipJsonSchema[Resources] = execution(default_factory=Resources, description="It has no workers.")
     run_uri: str = Field(description="URI of a run that was trained with training.ema=power.")
     sigma_rel: SigmaRel
     images_seen: ImagesSeen = None
@@ -37,7 +40,7 @@ class ExportResult(Result):
 
 
 class ExportOptions(o.Options):
-    needs_configuration: ClassVar[bool] = False
+    unread: ClassVar[tuple[str, ...]] = o.CONFIGURATION
 
     run: Annotated[
         str,

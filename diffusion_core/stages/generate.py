@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, model_validator
 from pydantic.json_schema import SkipJsonSchema
@@ -67,6 +68,13 @@ class GenerateResult(Result):
     images_per_second: float
 
 
+Format = Annotated[
+    str | None,
+    Field(title="Format", description="How images are stored: parquet, webdataset or png."),
+    o.Typed("generation.format"),
+]
+
+
 class GenerateOptions(o.Options):
     model: Annotated[
         str | None, Field(title="Model", description="Model: name@alias, name/version, run or bundle.")
@@ -95,11 +103,7 @@ class GenerateOptions(o.Options):
         Field(title="Seed", description="Seed of the generation."),
         o.Typed("generation.seed", metavar="N"),
     ] = None
-    format: Annotated[
-        str | None,
-        Field(title="Format", description="How images are stored: parquet, webdataset or png."),
-        o.Typed("generation.format"),
-    ] = None
+    format: Format = None
     workers: o.Workers = None
     gpus_per_worker: o.Gpus = None
 
@@ -110,6 +114,28 @@ class GenerateOptions(o.Options):
             raise UserError("--model: a model is needed, as digits@champion, or --name of a registered model.")
         model = self.model or f"models:/{config.name}@champion"
         return GenerateRequest.of(config, find.model_reference(model, config.store))
+
+
+class ChampionOptions(o.Options):
+    unread: ClassVar[tuple[str, ...]] = (*o.CONFIGURATION, "backend")
+
+    model: Annotated[str, Field(title="Model", description="Registered model, as digits; its champion is used.")]
+    count: o.Count = None
+    labels: o.Labels = None
+    format: Format = None
+
+    def request(self, config: PipelineConfig) -> GenerateRequest:
+        """Of the champion, which is looked for here: the sentence about a model that has none names the input."""
+        from diffusion_core.tracking import check_alias
+
+        reference = f"models:/{self.model}@champion"
+        if re.search("[:/@]", self.model):
+            raise UserError(f"--model {self.model}: give the name of a registered model, as digits.")
+        try:
+            check_alias(reference, config.store)
+        except UserError as error:
+            raise UserError(f"--model {self.model}: {error}") from None
+        return GenerateRequest.of(config, reference)
 
 
 def check(request: GenerateRequest, backend: BackendConfig) -> None:
@@ -222,7 +248,7 @@ STAGE = Stage(
         ShortForm(
             "generate-from-champion",
             "New images of a registered model's champion.",
-            ("name", "count", "labels", "format", "store"),
+            ChampionOptions,
         ),
     ),
 )

@@ -180,20 +180,27 @@ Labels = Annotated[
     Typed(_labels),
 ]
 
+CONFIGURATION = ("preset", "config", "settings")
+
 
 class Options(Config):
     """What can be typed for every stage: the configuration to start from, and where the work is done and kept."""
 
     needs_source: ClassVar[bool] = False
     """Whether the source of the images has to be said."""
-    needs_configuration: ClassVar[bool] = True
-    """Whether the stage reads the configuration, beyond store and backend; only then a form asks for it."""
+    unread: ClassVar[tuple[str, ...]] = ()
+    """Which of these options the stage has no use for: nobody is asked for them."""
 
     preset: Preset = None
     config: ConfigFile = None
     settings: Settings = ()
     store: Store = None
     backend: Backend = None
+
+    @classmethod
+    def asked(cls) -> dict[str, FieldInfo]:
+        """The options that there are, by name."""
+        return {name: field for name, field in cls.model_fields.items() if name not in cls.unread}
 
     def request(self, config: PipelineConfig) -> Request:
         """The request of the stage, of these options and the configuration that they make."""
@@ -225,8 +232,7 @@ def understood(kind: type[OptionsT], given: Mapping[str, Any], where: str = "--s
         option = typed(kind.model_fields[name])
         shortcuts.update(option.values(given[name]))
         settings = [*(f"{path}=null" for path in option.resets), *settings]
-    unneeded = None if kind.needs_source else {"name": "diffusion", "source": {"kind": "digits"}}
-    config = load_config(preset, file, settings, shortcuts, unneeded, where)
+    config = load_config(preset, file, settings, shortcuts, kind.needs_source, where)
     try:
         return kind.model_validate(given), config
     except ValidationError as error:

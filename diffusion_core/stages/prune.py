@@ -6,10 +6,12 @@ import time
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 
 from diffusion_core.catalog import prune as pruning
 from diffusion_core.catalog.prune import Retention, Row
-from diffusion_core.jobs.request import Request, Result
+from diffusion_core.config import execution
+from diffusion_core.jobs.request import Request, Resources, Result
 from diffusion_core.stages import options as o
 from diffusion_core.stages.base import Rows, Stage
 from diffusion_core.stages.events import Event
@@ -23,11 +25,12 @@ OLDER_THAN = "7d"
 
 
 class PruneRequest(Request):
+    resources: SkipJsonSchema[Resources] = execution(default_factory=Resources, description="It has no workers.")
     older_than: str = Field(OLDER_THAN, description="Age from which things may go, as 30d or 24h.")
     unused: bool = Field(
         False, description="Also runs, datasets, figures and notes that nothing needs, not only job files."
     )
-    apply: bool = Field(False, description="Delete; without it, only say what would go.")
+    apply: bool = Field(False, title="Delete", description="Delete; without it, only say what would go.")
 
     @property
     def retention(self) -> Retention:
@@ -48,7 +51,7 @@ class PruneResult(Result):
 
 
 class PruneOptions(o.Options):
-    needs_configuration: ClassVar[bool] = False
+    unread: ClassVar[tuple[str, ...]] = (*o.CONFIGURATION, "backend")
 
     older_than: Annotated[
         str | None, Field(description=f"Age from which things may go, as 30d or 24h; default: {OLDER_THAN}.")
@@ -56,11 +59,18 @@ class PruneOptions(o.Options):
     unused: Annotated[
         bool, Field(description="Also runs, datasets and figures that nothing needs, not only job files.")
     ] = False
-    yes: Annotated[bool, Field(title="Delete", description="Delete; without it, only say what would go.")] = False
+    apply: Annotated[
+        bool,
+        Field(title="Delete", description="Delete; without it, only say what would go."),
+        o.Typed(flags=("--yes",)),
+    ] = False
 
     def request(self, config: PipelineConfig) -> PruneRequest:
+        from diffusion_core.stages.settings import seconds
+
         older_than = self.older_than or OLDER_THAN
-        return PruneRequest(store=config.store, older_than=older_than, unused=self.unused, apply=self.yes)
+        seconds(older_than, "--older-than")
+        return PruneRequest(store=config.store, older_than=older_than, unused=self.unused, apply=self.apply)
 
 
 def check(request: PruneRequest, backend: BackendConfig) -> None:
@@ -88,7 +98,7 @@ def run(request: PruneRequest) -> PruneResult:
 
 
 def rows(result: PruneResult) -> Rows:
-    done = "deleted" if result.deleted else "could go; --yes deletes it, in a form apply"
+    done = "deleted" if result.deleted else "would go; --yes deletes it, in a form Delete"
     return [
         *((_size(row.bytes), f"{row.kind} {row.uri}  ({row.why})") for row in result.candidates),
         (_size(result.bytes), f"{done}; {len(result.kept):,} things stay"),

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 
 from diffusion_core.config import digest, execution
 from diffusion_core.evaluation.config import EvaluationConfig, GateConfig
@@ -26,7 +27,9 @@ class RegisterRequest(Request):
     dataset_uri: str
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig = GateConfig()
-    mlflow_run_id: str | None = execution(None, description="MLflow run that trained the bundle; default: its own.")
+    mlflow_run_id: SkipJsonSchema[str | None] = execution(
+        None, description="MLflow run that trained the bundle; default: its own."
+    )
 
     @classmethod
     def of(
@@ -133,8 +136,7 @@ def events(request: RegisterRequest, result: RegisterResult) -> list[Event]:
 def champion_changed(model: str, version: int, previous: int | None, reason: str, by_hand: bool = False) -> Event:
     """A version is the champion now; the gate makes it so once, a person any number of times."""
     payload = {"model": model, "version": version, "previous": previous, "reason": reason}
-    once = None if by_hand else f"{version} after {previous}"
-    return Event("diffusion.champion.changed", model, payload, once=once)
+    return Event("diffusion.champion.changed", model, payload, once=f"{version} after {previous}", repeats=by_hand)
 
 
 STAGE = Stage(

@@ -40,7 +40,7 @@ _ENTRIES = (
     Entry("compare", "Make a table and a plot of sample quality against network evaluations.", "compare-samplers"),
     Entry("register", "Register a bundle as a model version; it becomes the champion if it passes the gate."),
     Entry("generate", "Generate images with a model (default: the champion), or complete and extend their set."),
-    Entry("prune", "Say what the store can do without, and why, and delete it with --yes."),
+    Entry("prune", "Say what the store can do without, and why, or delete it."),
 )
 
 STAGES = {entry.name: entry for entry in _ENTRIES}

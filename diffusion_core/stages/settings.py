@@ -19,6 +19,8 @@ from diffusion_core.networks.config import LevelsConfig
 from diffusion_core.stages.config import PipelineConfig
 
 _DURATION = re.compile(r"^(?:(\d+(?:\.\d+)?)d)?(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?$")
+_SETTING = re.compile(r"([^:=]*[^:=\s])\s*[:=](.*)", re.DOTALL)
+_UNREAD_SOURCE = {"name": "diffusion", "source": {"kind": "digits"}}
 
 
 def load_config(
@@ -26,7 +28,7 @@ def load_config(
     file: str | None = None,
     settings: Iterable[str] = (),
     shortcuts: Mapping[str, Any] | None = None,
-    unneeded: Mapping[str, Any] | None = None,
+    source_needed: bool = True,
     where: str = "--set",
 ) -> PipelineConfig:
     """A preset, or a YAML file (which may name the preset it starts from), with overrides; the last word wins.
@@ -34,9 +36,9 @@ def load_config(
     Args:
         preset: name of a file of `diffusion_core/presets`.
         file: path of a YAML file with the fields of `PipelineConfig` and, optionally, `preset`.
-        settings: `field.path=value` with the value in YAML.
+        settings: `field.path=value` or `field.path: value` with the value in YAML.
         shortcuts: values by field path, as the options of the command give them; None means not given.
-        unneeded: stand-ins for required fields that the caller does not use, where nothing else sets them.
+        source_needed: whether a source and a name have to be said; work that reads none gets a stand-in.
         where: what the settings are called in the sentence about a wrong one.
 
     Raises:
@@ -57,7 +59,7 @@ def load_config(
     for path, value in (shortcuts or {}).items():
         if value is not None:
             _put(values, path, value, "the options")
-    values = {**(unneeded or {}), **values}
+    values = values if source_needed else {**_UNREAD_SOURCE, **values}
     _mend_source(values, explicit="source.kind" in overrides)
     return validated(values)
 
@@ -158,15 +160,15 @@ def parse_fields(text: str, where: str) -> dict[str, Any]:
 
 
 def split_setting(text: str, where: str = "--set") -> tuple[str, Any]:
-    """Path and value of `training.batch_size=256`, the value in YAML."""
-    path, separator, value = text.partition("=")
-    path = path.strip()
-    if not separator or not path:
+    """Path and value of `training.batch_size=256` or `training.batch_size: 256`, the value in YAML."""
+    match = _SETTING.fullmatch(text.strip())
+    if not match:
         raise UserError(f"{where} {text}: give a field and a value, as training.batch_size=256.")
+    path, value = match.groups()
     try:
         return path, _parse_yaml(value)
     except yaml.YAMLError:
-        raise UserError(f"{where} {text}: {value!r} is not a YAML value.") from None
+        raise UserError(f"{where} {path}: {value.strip()!r} is not a YAML value.") from None
 
 
 def _check_path(path: str, where: str) -> None:

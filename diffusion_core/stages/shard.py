@@ -6,7 +6,9 @@ import time
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 
+from diffusion_core.config import execution
 from diffusion_core.data.config import DatasetConfig, SourceConfig
 from diffusion_core.jobs.request import Request, Result
 from diffusion_core.stages import options as o
@@ -21,10 +23,17 @@ if TYPE_CHECKING:
 class ShardRequest(Request):
     source: SourceConfig
     dataset: DatasetConfig
+    preset: SkipJsonSchema[str | None] = execution(None, description="Preset that this comes from, to be told of.")
 
     @classmethod
-    def of(cls, config: PipelineConfig) -> ShardRequest:
-        return cls(store=config.store, resources=config.resources.shard, source=config.source, dataset=config.dataset)
+    def of(cls, config: PipelineConfig, preset: str | None = None) -> ShardRequest:
+        return cls(
+            store=config.store,
+            resources=config.resources.shard,
+            source=config.source,
+            dataset=config.dataset,
+            preset=preset,
+        )
 
 
 class ShardResult(Result):
@@ -48,7 +57,7 @@ class ShardOptions(o.Options):
     workers: o.Workers = None
 
     def request(self, config: PipelineConfig) -> ShardRequest:
-        return ShardRequest.of(config)
+        return ShardRequest.of(config, self.preset)
 
 
 def check(request: ShardRequest, backend: BackendConfig) -> None:
@@ -89,7 +98,11 @@ def rows(result: ShardResult) -> Rows:
 
 def events(request: ShardRequest, result: ShardResult) -> list[Event]:
     name = request.dataset.name
-    payload = {"dataset": name, **result.model_dump(include={"version", "uri", "splits", "rejected", "shards"})}
+    payload = {
+        "dataset": name,
+        "preset": request.preset,
+        **result.model_dump(include={"version", "uri", "splits", "rejected", "shards"}),
+    }
     return [Event("diffusion.dataset.created", name, payload, once=result.version)]
 
 

@@ -1,4 +1,4 @@
-"""Whether an S3 store can be used, told within three seconds."""
+"""Whether an S3 store can be used. A service that is not there, or is silent, is told within three seconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from diffusion_core.config import UserError
 from diffusion_core.store.patience import StoreUnavailable
 from diffusion_core.store.s3_client import TAKEN_CODES, endpoint, error_code, lower, new_client, translate
 
-CHECK_SECONDS = 2.7
+ANSWER_SECONDS = 2.0  # for each request
+CHECK_SECONDS = 10.0  # for all of them: a busy service answers late, but answers
 
 
 def check_reachable(uri: str, bucket: str, prefix: str, writable: bool) -> None:
@@ -21,7 +22,7 @@ def check_reachable(uri: str, bucket: str, prefix: str, writable: bool) -> None:
 
     def check() -> None:
         try:
-            client = new_client(connect_timeout=2, read_timeout=2)
+            client = new_client(connect_timeout=ANSWER_SECONDS, read_timeout=ANSWER_SECONDS)
             client.list_objects_v2(Bucket=bucket, MaxKeys=1)
             if writable:
                 probe = {"Bucket": bucket, "Key": f"{prefix}.reachable-{uuid.uuid4().hex}"}
@@ -34,7 +35,9 @@ def check_reachable(uri: str, bucket: str, prefix: str, writable: bool) -> None:
     thread.start()
     thread.join(CHECK_SECONDS)
     if not outcome:
-        raise UserError(f"The store {uri} cannot be reached: {endpoint()} gave no answer in {CHECK_SECONDS} seconds.")
+        raise UserError(
+            f"The store {uri} cannot be reached: {endpoint()} gave no answer in {CHECK_SECONDS:.0f} seconds."
+        )
     error = outcome[0]
     if isinstance(error, (ClientError, BotoCoreError)):
         try:

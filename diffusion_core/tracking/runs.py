@@ -102,6 +102,9 @@ class RunRecorder:
         waiting = [message.figures for message in self._figures.pending() if message.figures is not None]
         return [(figures.images_seen, figures.metrics) for figures in waiting]
 
+    def checkpointing(self) -> None:
+        """Nothing to do: a checkpoint has what is `unrecorded`."""
+
     @cached_property
     def _client(self) -> MlflowClient:
         made: MlflowClient = client(self._store)

@@ -255,6 +255,7 @@ class _Loop:
         position = self.position
         if self.world.leads and position.images_seen:
             self._check_lease()
+            self._recorder.checkpointing()
             meta = {
                 "seconds": position.seconds,
                 "loss": position.loss,

@@ -25,6 +25,9 @@ class Recorder(Protocol):
     def unrecorded(self) -> list[tuple[int, dict[str, float]]]:
         """Steps and figures that are told but not kept yet: they go with a checkpoint and are told again after it."""
 
+    def checkpointing(self) -> None:
+        """A checkpoint is about to be written: what is only taken so far is kept now."""
+
     def finish(self, status: str = "FINISHED") -> None:
         """The run ended: FINISHED, FAILED or KILLED."""
 
@@ -61,6 +64,9 @@ class FileRecorder:
 
     def unrecorded(self) -> list[tuple[int, dict[str, float]]]:
         return []
+
+    def checkpointing(self) -> None:
+        """Nothing to do: every line is already there."""
 
     def finish(self, status: str = "FINISHED") -> None:
         """Nothing to do: every line is already there."""

@@ -3,7 +3,6 @@
 | module | |
 |---|---|
 | `config` | a schedule as configuration: a YAML file, or the options of `diffusion schedule add` |
-| `overrides` | fields that differ from a preset, and the whole configuration that they stand for |
 | `runs` | the flows that a schedule starts: pipeline, generate, prune |
 | `watch` | the flow that looks at a folder or prefix and makes a dataset version of what is new in it |
 | `replace` | the flow that cancels the last run and starts the next one |

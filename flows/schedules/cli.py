@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from flows import options as o
-from flows.options import DEFAULT_STORE, print_json
+from flows.options import print_json
+from flows.server import prepared
 
 schedule_app = typer.Typer(help="What runs by itself, and when: add, list, pause, resume, remove.")
 
@@ -51,7 +52,7 @@ def add(
         "name": name, "what": what, "preset": preset, "overrides": fields, "model": model, "cron": cron,
         "interval": interval, "time_zone": time_zone, "if_running": if_running, "new_images": new_images,
     }  # fmt: skip
-    config, place = load_schedule(file, given), _server(store)
+    config, place = load_schedule(file, given), prepared(store)
     from flows.schedules import server
 
     _show(server.add(config, place), as_json)
@@ -60,7 +61,7 @@ def add(
 @schedule_app.command(name="list")
 def list_schedules(store: o.Store = None, as_json: o.Json = False) -> None:
     """List the schedules with their next times."""
-    _server(store)
+    prepared(store)
     from flows.cli_store import aligned_rows
     from flows.schedules import server
 
@@ -75,7 +76,7 @@ def list_schedules(store: o.Store = None, as_json: o.Json = False) -> None:
 @schedule_app.command()
 def pause(name: Name, store: o.Store = None, as_json: o.Json = False) -> None:
     """Have a schedule start nothing until it is resumed."""
-    _server(store)
+    prepared(store)
     from flows.schedules import server
 
     _show(server.set_active(name, False), as_json)
@@ -84,7 +85,7 @@ def pause(name: Name, store: o.Store = None, as_json: o.Json = False) -> None:
 @schedule_app.command()
 def resume(name: Name, store: o.Store = None, as_json: o.Json = False) -> None:
     """Have a paused schedule start again at its times."""
-    _server(store)
+    prepared(store)
     from flows.schedules import server
 
     _show(server.set_active(name, True), as_json)
@@ -93,20 +94,10 @@ def resume(name: Name, store: o.Store = None, as_json: o.Json = False) -> None:
 @schedule_app.command()
 def remove(name: Name, store: o.Store = None, as_json: o.Json = False) -> None:
     """Take a schedule off the server; what it has made stays."""
-    _server(store)
+    prepared(store)
     from flows.schedules import server
 
     _show(server.remove(name), as_json, "removed")
-
-
-def _server(store: str | None) -> str:
-    """The store that is meant, after Prefect was told which server to use."""
-    from flows.runner import prepare_prefect
-    from flows.stack import services
-
-    services.adopt(store or DEFAULT_STORE)
-    prepare_prefect()
-    return store or DEFAULT_STORE
 
 
 def _show(row: dict[str, Any], as_json: bool, news: str = "") -> None:

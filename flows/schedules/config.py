@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from diffusion_core.config import Config, UserError, explain
+from diffusion_core.stages.overrides import by_path
 from diffusion_core.stages.settings import parse_fields, read_yaml, seconds
-from flows.schedules.overrides import by_path
 
 _SHIPPED = "presets/schedules"
 

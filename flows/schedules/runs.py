@@ -9,13 +9,12 @@ from pydantic import Field
 
 from diffusion_core.catalog import find
 from diffusion_core.config import UserError
-from diffusion_core.stages import generate as generating
 from diffusion_core.stages.generate import GenerateRequest, GenerateResult
+from diffusion_core.stages.overrides import resolve
 from diffusion_core.stages.pipeline import PipelineResult
 from flows.flow import diffusion_flow
 from flows.pipeline import run_pipeline
-from flows.schedules.overrides import resolve
-from flows.stages import run_stage
+from flows.stages import run_checked
 
 Preset = Annotated[str | None, Field(description="Preset that the configuration starts from.")]
 Fields = Annotated[
@@ -51,8 +50,7 @@ def generate(
     request = GenerateRequest.of(config, reference)
     if new_images:
         request = request.for_new_images(asked())
-    generating.check(request, config.backend)
-    result: GenerateResult = run_stage("generate", request, config.backend)
+    result: GenerateResult = run_checked("generate", request, config.backend)
     return result
 
 

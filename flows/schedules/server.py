@@ -7,12 +7,11 @@ deployment, `replace-running/<name>`, has the times, and starts the first one (s
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
 
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterId,
@@ -29,18 +28,19 @@ from prefect.deployments.runner import RunnerDeployment
 from prefect.exceptions import ObjectNotFound
 from prefect.flows import Flow
 from prefect.schedules import Cron, Interval, Schedule
-from prefect.settings import PREFECT_API_URL
 from prefect.types.entrypoint import EntrypointType
 from pydantic import ValidationError
 
 from diffusion_core.config import UserError, explain
+from diffusion_core.stages import overrides
 from diffusion_core.stages.prune import PruneRequest
 from diffusion_core.stages.settings import seconds
 from diffusion_core.store import Directory
-from flows.schedules import overrides, runs
+from flows.schedules import runs
 from flows.schedules.config import IfRunning, ScheduleConfig, What
 from flows.schedules.replace import replace_running
 from flows.schedules.watch import watch
+from flows.server import prefect_server
 from flows.stack.pool import POOL
 from flows.stages import FLOWS
 
@@ -72,7 +72,7 @@ def add(config: ScheduleConfig, store: str) -> dict[str, Any]:
     """
     store = Directory(store).uri  # no relative path: the runs start elsewhere
     wanted = _deployments(config, store)
-    with _client() as client:
+    with prefect_server() as client:
         _check_room(client, wanted)
         applied = {wanted_one.apply() for wanted_one in wanted}
         for old in _named(client, config.name):
@@ -83,7 +83,7 @@ def add(config: ScheduleConfig, store: str) -> dict[str, Any]:
 
 def rows() -> list[dict[str, Any]]:
     """All schedules of the server, by name."""
-    with _client() as client:
+    with prefect_server() as client:
         by_name: dict[str, list[DeploymentResponse]] = {}
         for deployment in _tagged(client):
             by_name.setdefault(deployment.name, []).append(deployment)
@@ -92,7 +92,7 @@ def rows() -> list[dict[str, Any]]:
 
 def set_active(name: str, active: bool) -> dict[str, Any]:
     """Pause a schedule, or resume it. A paused one starts nothing by itself."""
-    with _client() as client:
+    with prefect_server() as client:
         for deployment in _existing(client, name):
             for schedule in deployment.schedules:
                 client.update_deployment_schedule(deployment.id, schedule.id, active=active)
@@ -101,7 +101,7 @@ def set_active(name: str, active: bool) -> dict[str, Any]:
 
 def remove(name: str) -> dict[str, Any]:
     """Take a schedule off the server; what it has made stays, and a run that is going goes on."""
-    with _client() as client:
+    with prefect_server() as client:
         found = _existing(client, name)
         row = _row(client, found)
         for deployment in found:
@@ -200,15 +200,6 @@ def _times(config: ScheduleConfig) -> Schedule:
 
 def _strategy(if_running: IfRunning) -> ConcurrencyLimitStrategy:
     return ConcurrencyLimitStrategy.CANCEL_NEW if if_running is IfRunning.skip else ConcurrencyLimitStrategy.ENQUEUE
-
-
-def _client() -> SyncPrefectClient:
-    if not (os.environ.get("PREFECT_API_URL") or PREFECT_API_URL.value()):
-        raise UserError(
-            "There is no Prefect server that could keep a schedule: start one with diffusion stack up, or set "
-            "PREFECT_API_URL."
-        )
-    return get_client(sync_client=True)
 
 
 def _check_room(client: SyncPrefectClient, wanted: list[RunnerDeployment]) -> None:

@@ -18,14 +18,13 @@ from pydantic import Field
 from diffusion_core.config import Config, UserError, digest
 from diffusion_core.data.config import SourceKind
 from diffusion_core.data.sources.listing import list_files, suffix
-from diffusion_core.stages import shard
 from diffusion_core.stages.config import PipelineConfig
+from diffusion_core.stages.overrides import resolve
 from diffusion_core.stages.shard import ShardRequest, ShardResult
 from diffusion_core.store import Directory, layout
 from flows.flow import diffusion_flow
-from flows.schedules.overrides import resolve
 from flows.schedules.runs import Fields, Preset, Store
-from flows.stages import run_stage
+from flows.stages import run_checked
 
 UNFINISHED = frozenset({".part", ".partial", ".tmp", ".temp", ".crdownload", ".filepart", ".download"})
 JITTER_S = 5.0  # by which two looks may be closer than the interval between them
@@ -65,7 +64,7 @@ def watch(
     seen = Seen.model_validate(place.read_json(key)) if place.exists(key) else Seen()
     now, said = look(config, seen, time.time(), still_s)
     if said is None:
-        now, said = _take(config, now)
+        now, said = _take(config, now, preset)
     if now != seen:
         place.write_json(key, now.model_dump(mode="json"))
     get_run_logger().info(said)
@@ -95,12 +94,11 @@ def _list(uri: str, store: str, now: float) -> Listing:
     return Listing(digest=told, files=len(files), bytes=sum(file.size for file in files), since=now)
 
 
-def _take(config: PipelineConfig, seen: Seen) -> tuple[Seen, str]:
+def _take(config: PipelineConfig, seen: Seen, preset: str | None) -> tuple[Seen, str]:
     """Make the version of what is there, or find that it is an old one."""
     assert seen.listing is not None
-    request = ShardRequest.of(config)
-    shard.check(request, config.backend)
-    result: ShardResult = run_stage("shard", request, config.backend)
+    request = ShardRequest.of(config, preset)
+    result: ShardResult = run_checked("shard", request, config.backend)
     taken = seen.model_copy(update={"taken": seen.listing.digest, "version": result.uri, "made": time.time()})
     if result.uri == seen.version:
         return taken, f"Files were touched, but their content is that of {result.uri}."

@@ -16,7 +16,7 @@ from flows import processes
 from flows.runner import set_prefect_defaults
 from flows.stack import pool, ray_head, services
 from flows.stack.api import connected
-from flows.stack.plan import Command, Plan
+from flows.stack.plan import TITLES, Command, Plan, check_free
 from flows.stack.services import Service
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ def _ensure(store: str, command: Command) -> Service:
         return running
     if dead := services.known(store, command.name):
         processes.end_group(dead.process)  # what it started may have outlived it
+        if command.port and command.name in TITLES:
+            check_free(command.name, command.port)
     place = services.folder(store)
     if command.name == "ray":
         ray_head.make_token(place)

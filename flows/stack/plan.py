@@ -77,8 +77,8 @@ def make(store: str, prefect_port: int | None, mlflow_port: int | None, with_ray
     if not named:
         servers.append(_mlflow(store, ports["mlflow"]))
     if with_ray or services.known(store, "ray"):
-        servers.append(_ray(store))
-    environment = {name: value for server in servers for name, value in server.offers.items()}
+        servers.append(_ray(store, _offers(servers)))  # its jobs run in its environment
+    environment = _offers(servers)
     record = named or environment.get("MLFLOW_TRACKING_URI") or tracking_uri(store)
     worker = _worker(environment, without_secrets(record))
     _check_same_record(store, worker)
@@ -87,20 +87,26 @@ def make(store: str, prefect_port: int | None, mlflow_port: int | None, with_ray
 
 def _port(store: str, name: str, asked: int | None) -> int:
     """The port of a service, or a free one. One that died gets its own again: whatever lives looks for it there."""
-    title, option = TITLES[name], f"--{name}-port"
+    option = f"--{name}-port"
     service = services.known(store, name)
     own = port_of(service) if service else None
     if own and asked not in (None, own) and any(other.alive for other in services.status(store)):
         raise UserError(
-            f"{option}: {title} of this store's stack runs on port {own} already; leave the option out, or end "
+            f"{option}: {TITLES[name]} of this store's stack runs on port {own} already; leave the option out, or end "
             f"the stack first with diffusion stack down."
         )
     port = asked or own or PORTS[name]
-    if port != own and _answers(port):  # of one that died something may live on there, which is ended first
+    if port != own:  # of one that died something may live on there, which is ended first
+        check_free(name, port)
+    return port
+
+
+def check_free(name: str, port: int) -> None:
+    """Nothing listens on the port of a service that is to start, or the sentence says whose it is."""
+    if _answers(port):
         other = services.holder(port)
         by = f"the stack of the store {other}" if other else "another program"
-        raise UserError(f"{option}: port {port} is taken by {by}; choose another one for {title}.")
-    return port
+        raise UserError(f"--{name}-port: port {port} is taken by {by}; choose another one for {TITLES[name]}.")
 
 
 def _answers(port: int) -> bool:
@@ -149,12 +155,16 @@ def _mlflow(store: str, port: int) -> Command:
     return Command("mlflow", words, QUIET, port, offers)
 
 
-def _ray(store: str) -> Command:
+def _offers(servers: Sequence[Command]) -> dict[str, str]:
+    return {name: value for server in servers for name, value in server.offers.items()}
+
+
+def _ray(store: str, environment: Mapping[str, str]) -> Command:
     service = services.known(store, "ray")
     if service and service.alive:
         return Command("ray", (), port=port_of(service), offers=service.offers)
     head = ray_head.plan(services.folder(store), service.offers if service else {})
-    return Command("ray", head.words, head.environment, head.port, head.offers)
+    return Command("ray", head.words, {**environment, **head.environment}, head.port, head.offers)
 
 
 def _worker(environment: Mapping[str, str], record: str) -> Command:

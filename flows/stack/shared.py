@@ -62,7 +62,7 @@ def _as_values(deployment: RunnerDeployment) -> dict[str, Any]:
 def _automation(shipped: Shipped) -> dict[str, Any]:
     trigger = shipped.trigger.model_dump(mode="json", exclude_defaults=True)
     trigger = {name: sorted(value) if name in ("expect", "after") else value for name, value in trigger.items()}
-    runs = {"deployment": shipped.deployment, "parameters": shipped.parameters}
+    runs = {"deployment": shipped.deployment, "parameters": dict(shipped.parameters)}
     action = {"run": runs} if shipped.deployment else {"call_webhook": f"${WEBHOOK_VARIABLE}"}
     name = PREFIX + shipped.name
     return {"name": name, "enabled": False, "description": shipped.description, "trigger": trigger, **action}

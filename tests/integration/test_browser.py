@@ -13,7 +13,7 @@ from playwright.sync_api import Page, expect
 
 from diffusion_core.store import Directory
 from tests.browser import CHROMIUM, Form, OnlyLoopback, browser_page, show_report
-from tests.local_stack import Api, diffusion, free_port
+from tests.local_stack import Api, diffusion, free_port, wait_for
 
 pytestmark = [
     pytest.mark.slow,
@@ -23,15 +23,21 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where the UI of a stack is."""
+def urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Where the UIs of a stack are, by service."""
     store = Directory(tmp_path_factory.mktemp("browser") / "store").uri
     ports = ("--prefect-port", free_port(), "--mlflow-port", free_port())
     try:
         services = diffusion("stack", "up", "--store", store, *ports)
-        yield next(service["url"] for service in services if service["name"] == "prefect")
+        yield {service["name"]: service["url"] for service in services}
     finally:
         diffusion("stack", "down", "--store", store)
+
+
+@pytest.fixture(scope="module")
+def url(urls: dict[str, str]) -> str:
+    """Where Prefect's UI is."""
+    return urls["prefect"]
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +65,17 @@ def _state(url: str, run_id: str, page: Page) -> Any:
     return Api(url).wait_for(run_id, "COMPLETED", "FAILED", "CRASHED", seconds=400)["state"]
 
 
+def _log(url: str, run_id: str) -> list[str]:
+    """The log of a run that has ended; its last line arrives a moment later."""
+    api, asked = Api(url), {"logs": {"flow_run_id": {"any_": [run_id]}}}
+
+    def whole() -> list[str]:
+        lines = [line["message"] for line in api("logs/filter", asked)]
+        return lines if any("Finished in state" in line for line in lines) else []
+
+    return list(wait_for(whole, "the end of the log", 30))
+
+
 def test_the_form_is_one_screen_and_shows_in_seconds(form: Form) -> None:
     form.shows("Overrides", within_s=60)  # the server and the browser are cold
     form.open()
@@ -74,10 +91,13 @@ def test_a_wrong_override_line_is_one_sentence(form: Form, page: Page, url: str)
     assert state["type"] == "FAILED" and state["message"].count("\n") == 0
     sentence = "overrides training.bach_size: there is no such field, did you mean training.batch_size"
     assert sentence in state["message"]
+    assert not [line for line in _log(url, run_id) if "Traceback" in line]
     expect(page.get_by_text(sentence).first).to_be_visible()
 
 
-def test_a_run_started_by_clicks_completes_and_shows_its_report(form: Form, page: Page, url: str) -> None:
+def test_a_run_started_by_clicks_completes_and_shows_its_report(
+    form: Form, page: Page, url: str, urls: dict[str, str]
+) -> None:
     form.choose("Preset", "digits")
     form.fill("Training length (images)", "640")
     form.fill("Images to measure", "100")
@@ -91,7 +111,11 @@ def test_a_run_started_by_clicks_completes_and_shows_its_report(form: Form, page
     assert state["type"] == "COMPLETED", state["message"]
 
     show_report(page, "pipeline")
-    picture = page.locator("img[src^='data:image/png']").first
-    expect(picture).to_be_visible()
-    assert picture.evaluate("image => image.naturalWidth") > 50
+    expect(page.locator(".markdown-renderer__heading", has_text="Training loss")).to_be_visible()
+    sheets = page.locator(".markdown-renderer img[src^='data:image/png']")
+    expect(sheets).to_have_count(3)  # of the generated images, of the version, and the loss
+    widths = [sheet.evaluate("async image => (await image.decode(), image.naturalWidth)") for sheet in sheets.all()]
+    assert min(widths) > 50
+    for shown in ("experiments/", "models/digits/versions/1"):
+        expect(page.locator(f"a[href^='{urls['mlflow']}/#/{shown}']").first).to_be_visible()
     expect(page.get_by_text("32 images, 32 new").first).to_be_visible()

@@ -61,3 +61,14 @@ def test_every_verb_goes_on_from_the_pipeline(first: Any, say: Say) -> None:
     assert say("rollback", version["model"])["version"] == first.version.version
     again = say("generate", *CHOSEN, "--count", str(COUNT))
     assert (again["model_version"], again["generated"]) == (first.images.model_version, 0)
+
+
+def test_the_form_of_the_champion_asks_for_new_images_of_it(first: Any, pipeline_store: str) -> None:
+    from diffusion_core.stages.generate import ChampionOptions
+    from flows.forms import filled_in
+
+    given = {"model": first.version.model, "count": 5, "store": pipeline_store}
+    options, config = filled_in(ChampionOptions, given)
+    request = options.request(config)
+    assert (request.model, request.generation.count) == (f"models:/{first.version.model}@champion", 5)
+    assert request.generation.first_image_id is None

@@ -47,7 +47,11 @@ def test_every_verb_explains_itself(verb: str):
     assert told["status"] == 0
     assert "Usage:" in text
     if verb in VERBS[1:-4]:
-        assert "--set" in text and "--json" in text
+        assert "--json" in text
+        assert ("--set" in text and "--preset" in text) == (verb not in ("export", "prune")), (
+            "these read no configuration"
+        )
+        assert ("--backend" in text) == (verb != "prune"), "it is no job"
 
 
 def test_settings_are_shown_without_the_heavy_libraries():

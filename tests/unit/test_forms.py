@@ -8,11 +8,12 @@ import pytest
 
 from diffusion_core.config import UserError
 from diffusion_core.stages.compare import CompareOptions
-from diffusion_core.stages.generate import GenerateOptions
+from diffusion_core.stages.generate import ChampionOptions
 from diffusion_core.stages.pipeline import PipelineOptions
+from diffusion_core.stages.prune import PruneOptions
 from diffusion_core.stages.registry import STAGES
 from diffusion_core.stages.settings import load_config
-from flows.forms import FORMS, filled_in
+from flows.forms import FORMS, filled_in, in_words
 from flows.stack import pool
 from flows.stages import FLOWS
 
@@ -25,7 +26,7 @@ def _inputs(name: str) -> dict[str, Any]:
 
 def test_there_is_a_form_for_the_pipeline_and_for_each_stage() -> None:
     assert {"pipeline", "generate-from-champion", *STAGES} == set(FORMS)
-    assert list(_inputs("generate-from-champion")) == ["name", "count", "labels", "format", "store"]
+    assert list(_inputs("generate-from-champion")) == ["model", "count", "labels", "format", "store"]
     assert {"source", "image_size", "time_budget", "images", "workers", "gpus_per_worker", "count"} <= set(
         _inputs("pipeline")
     )
@@ -53,8 +54,11 @@ def test_the_schemas_know_bounds_and_choices() -> None:
 @pytest.mark.parametrize("name", FLOWS)
 def test_no_form_asks_for_what_is_the_programs_own(name: str) -> None:
     (definition,) = (each for key, each in FLOWS[name].parameters.definitions.items() if key.endswith("Request"))
-    assert {"asked_by", "asked"}.isdisjoint(definition["properties"])
-    assert name != "generate" or "bundle_uri" not in definition["properties"]
+    inputs = definition["properties"].keys()
+    assert {"asked_by", "asked", "mlflow_run_id"}.isdisjoint(inputs)
+    assert name != "generate" or "bundle_uri" not in inputs
+    assert name not in ("prune", "export") or "resources" not in inputs, "neither has workers"
+    assert ("backend" in FLOWS[name].parameters.properties) == STAGES[name].load().is_job
 
 
 def test_what_is_left_empty_comes_from_the_preset() -> None:
@@ -84,7 +88,7 @@ def test_inputs_and_override_lines_are_the_configuration_of_the_verb() -> None:
         ("training.bach_size: 256", r"overrides training\.bach_size: .*did you mean training\.batch_size"),
         ("training.batch_size 256", r"overrides training\.batch_size 256: give a field and a value"),
         ("training.batch_size: many", r"training\.batch_size: 'many' is not accepted"),
-        ("training.batch_size: [", r"overrides training\.batch_size=\[: '\[' is not a YAML value"),
+        ("training.batch_size: [", r"overrides training\.batch_size: '\[' is not a YAML value"),
     ],
 )
 def test_a_wrong_line_is_one_sentence(line: str, sentence: str) -> None:
@@ -100,11 +104,35 @@ def test_a_wrong_input_is_told_by_its_title() -> None:
         filled_in(PipelineOptions, {"count": 3})
 
 
-def test_a_form_of_the_champion_asks_for_its_name(store: str) -> None:
-    options, config = filled_in(GenerateOptions, {"name": "digits", "count": 5, "store": store})
-    request = options.request(config)
-    assert (request.model, request.generation.count) == ("models:/digits@champion", 5)
-    assert request.generation.first_image_id is None, "new images"
+def test_what_an_api_sends_may_be_no_text() -> None:
+    given = {"preset": "digits", "image_size": 8, "overrides": {"training": {"batch_size": 256}}}
+    config = filled_in(PipelineOptions, given)[1]
+    assert (config.dataset.size, config.training.batch_size) == ((8, 8), 256)
+    options = filled_in(CompareOptions, {"model": "digits@champion", "sampler": ["ddim:10", "heun:4"]})[0]
+    assert options.sampler == ("ddim:10", "heun:4")
+    for wrong, said in (
+        ({"overrides": ["a"]}, "^overrides: .* fields and values"),
+        ({"count": ["a"]}, "^generation.c"),
+    ):
+        with pytest.raises(UserError, match=said) as refused:
+            filled_in(PipelineOptions, {"preset": "digits", **wrong})
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [("digts", "^Model digts: There is no registered model 'digts'"), ("digits@latest", "^Model .*: give the name")],
+)
+def test_a_form_of_the_champion_tells_a_wrong_model_by_its_title(store: str, model: str, said: str) -> None:
+    options, config = filled_in(ChampionOptions, {"model": model, "count": 5, "store": store})
+    with pytest.raises(UserError, match=said), in_words(ChampionOptions):
+        options.request(config)
+
+
+def test_a_wrong_age_of_a_prune_is_told_by_its_title(store: str) -> None:
+    options, config = filled_in(PruneOptions, {"older_than": "soon", "store": store})
+    with pytest.raises(UserError, match=r"^Older than soon: it is not a time"), in_words(PruneOptions):
+        options.request(config)
 
 
 def test_deployments_know_the_store_and_their_queue() -> None:

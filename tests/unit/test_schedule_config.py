@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from diffusion_core.config import UserError
+from diffusion_core.stages.overrides import by_path, resolve
 from diffusion_core.stages.settings import load_config
 from flows.schedules.config import IfRunning, What, load_schedule, shipped
-from flows.schedules.overrides import by_path, resolve
 
 DAILY = {"name": "nightly", "preset": "digits", "cron": "0 2 * * *"}
 
@@ -64,7 +64,11 @@ def test_text_and_mapping_are_the_same_overrides() -> None:
     fields = {"training": {"images": 2000}, "generation.sampler": {"kind": "ddim", "steps": 7}}
     flat = {"training.images": 2000, "generation.sampler.kind": "ddim", "generation.sampler.steps": 7}
     assert by_path(text) == by_path(fields) == flat
-    assert by_path("") == {}
+    several = "# shorter\n  training.images = 2000\n\ngeneration.sampler: {kind: ddim,\n    steps: 7}\n"
+    assert by_path(several) == flat and by_path("") == {}
+    for wrong, said in (("training.images: 1\ntraining.images: 2", "given twice"), (["a"], "give fields and values")):
+        with pytest.raises(UserError, match=f"^overrides.*{said}"):
+            by_path(wrong)
 
 
 def test_a_later_change_of_the_preset_arrives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -87,5 +91,5 @@ def test_a_wrong_override_names_the_nearest_field(tmp_path: Path) -> None:
         resolve("digits", "training.batchsize: 3", str(tmp_path))
     with pytest.raises(UserError, match=r"^training.batch_size: 0 is not accepted"):
         resolve("digits", "training.batch_size: 0", str(tmp_path))
-    with pytest.raises(UserError, match=r"^overrides: it must hold fields"):
+    with pytest.raises(UserError, match=r"^overrides training.batch_size: give a field and a value"):
         resolve("digits", "training.batch_size", str(tmp_path))

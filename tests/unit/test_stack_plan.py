@@ -13,7 +13,7 @@ import pytest
 from diffusion_core.config import UserError
 from diffusion_core.store import Directory
 from flows import processes
-from flows.stack import plan, pool, services
+from flows.stack import lifecycle, plan, pool, services
 from flows.stack.services import Service
 
 S3 = "s3://bucket/prefix"
@@ -73,12 +73,20 @@ def test_a_service_that_died_comes_back_where_others_look_for_it(store: str, tak
     assert planned.api == f"http://127.0.0.1:{taken}/api"
     head = planned.servers[-1]
     assert head.offers["RAY_ADDRESS"] == "127.0.0.1:1234" and head.url == "http://127.0.0.1:4321"
+    with pytest.raises(UserError, match=f"port {taken} is taken by another program"):  # which took it meanwhile
+        lifecycle.up(planned, {})
     assert {"--port=1234", "--dashboard-port=4321"} < set(head.words)
     other = free_port()
     assert plan.make(store, other, free_port(), with_ray=False).api == f"http://127.0.0.1:{other}/api"
     as_if_running(store, "worker")
     with pytest.raises(UserError, match=f"runs on port {taken} already"):
         plan.make(store, other, free_port(), with_ray=False)
+
+
+def test_jobs_on_the_ray_head_report_to_the_mlflow_of_the_stack() -> None:
+    port = free_port()
+    head = plan.make(S3, free_port(), port, with_ray=True).servers[-1]
+    assert head.name == "ray" and head.environment["MLFLOW_TRACKING_URI"] == f"http://127.0.0.1:{port}"
 
 
 @pytest.mark.parametrize("place", ["local", S3])

@@ -208,7 +208,7 @@ def test_the_stage_deletes_only_when_told_to_and_writes_nothing_else(small, caps
     assert main([*command, "--yes", "--json"]) == 0
     assert ended in capsys.readouterr().out and [entry.key for entry in small.root.list()] == []
     assert main([*command[:2], "soon", *command[3:]]) == 2
-    assert capsys.readouterr().err.startswith("older_than soon: it is not a time")
+    assert capsys.readouterr().err.startswith("--older-than soon: it is not a time")
     assert main(["prune", "--store", f"{small.uri}/none"]) == 2 and "no folder" in capsys.readouterr().err
 
 

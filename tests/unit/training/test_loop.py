@@ -213,6 +213,9 @@ class ForgetfulRecorder:
     def unrecorded(self):
         return list(self.told.items())
 
+    def checkpointing(self):
+        pass
+
     def finish(self, status="FINISHED"):
         pass
 
