@@ -6,14 +6,13 @@ import json
 import os
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -22,13 +21,16 @@ from prefect import flow, tags
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from diffusion_core import tracking
+from diffusion_core.config import UserError
 from diffusion_core.stages.events import Event
 from diffusion_core.stages.register import RegisterResult
+from diffusion_core.store.patience import StoreUnavailable
 from diffusion_core.tracking import approval
-from diffusion_core.tracking.approval import Question
+from diffusion_core.tracking.approval import Answer, Question
 from flows import approval as waiting
 from flows import automations, events
 from tests.local_stack import free_port, wait_for
+from tests.posts import kept_posts
 from tests.tiny_bundle import tiny_bundle
 
 SECRET = "t0ken-in-the-address"
@@ -43,6 +45,9 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        """Start it, unless it runs."""
+        if self._process is not None and self._process.poll() is None:
+            return
         command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", self._port]
         database = f"sqlite+aiosqlite:///{self._folder / 'prefect.db'}"
         environment = {**os.environ, "PREFECT_API_URL": "", "PREFECT_SERVER_DATABASE_CONNECTION_URL": database}
@@ -70,37 +75,21 @@ class Server:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("prefect"))
-    server.start()
     try:
+        server.start()
         with temporary_settings({PREFECT_API_URL: server.url}):
             yield server
     finally:
         server.stop()
 
 
-@contextmanager
-def webhook() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A server on loopback that keeps what is posted to it: its address, with a secret in it, and the messages."""
-    received: list[dict[str, Any]] = []
-
-    class Keep(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            assert self.path == f"/{SECRET}"
-            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_: Any) -> None:
-            return
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Keep) as http:
-        threading.Thread(target=http.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{http.server_port}/{SECRET}", received
-        http.shutdown()
-
-
 @flow(name="generate-images")
-def generate_images(request: dict[str, str]) -> None:
+def generates(model: str, store: str, preset: str = "") -> None:
+    return
+
+
+@flow(name="train-model")
+def trains(dataset: str, name: str, store: str, preset: str = "") -> None:
     return
 
 
@@ -110,37 +99,68 @@ def changes_the_champion(store: str) -> None:
     events.tell([champion, champion, Event("diffusion.gate.refused", "digits", {"reason": "Worse."})], store)
 
 
-@flow(name="train-model")
+@flow(name="shard-dataset")
+def makes_data(store: str) -> None:
+    made = [{"dataset": "cats", "version": "1f", "preset": "digits-flow"}, {"dataset": "dogs", "version": "2f"}]
+    events.tell(
+        [Event("diffusion.dataset.created", each["dataset"], each, once=each["version"]) for each in made], store
+    )
+
+
+@flow(name="diffusion-pipeline")
+def makes_data_and_trains_on_it(store: str) -> None:
+    events.tell([Event("diffusion.dataset.created", "birds", {"dataset": "birds", "version": "3f"}, once="3f")], store)
+
+
+@flow(name="evaluate-model")
 def breaks() -> None:
     raise RuntimeError("the cluster burnt down")
 
 
 @pytest.mark.timeout(300)
-def test_a_champion_generates_and_trouble_calls_the_webhook(
+def test_a_champion_generates_new_data_trains_and_trouble_calls_the_webhook(
     server: Server, store: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    deployment = generate_images.to_deployment(name="generate-images").apply()
+    generation, training = generates.to_deployment(name="generate").apply(), trains.to_deployment(name="train").apply()
     assert automations.states() == dict.fromkeys(automations.NAMES)
-    with webhook() as (address, received):
-        monkeypatch.setenv("DIFFUSION_WEBHOOK_URL", address)
+    with kept_posts() as webhook:
+        monkeypatch.setenv("DIFFUSION_WEBHOOK_URL", f"{webhook.url}/{SECRET}")
+        with pytest.raises(UserError, match="automation new-data-trains: --preset: say what it starts from"):
+            automations.enable("new-data-trains")
+        automations.enable("new-data-trains", preset="digits")
         for name in ("champion-generates", "notify", "notify", "notify-stuck"):
             automations.enable(name)
         automations.disable("notify-stuck")
-        expected = {"new-data-trains": None, "champion-generates": True, "notify": True, "notify-stuck": False}
+        expected = {"new-data-trains": True, "champion-generates": True, "notify": True, "notify-stuck": False}
         assert automations.states() == expected
-        assert server.post("automations/count", {}) == 3
+        assert server.post("automations/count", {}) == 4
 
         with tags("diffusion"):
+            makes_data_and_trains_on_it(store)
+            makes_data(store)
             changes_the_champion(store)
             with pytest.raises(RuntimeError):
                 breaks()
-        ours = {"deployments": {"id": {"any_": [str(deployment)]}}}
-        runs = wait_for(lambda: server.post("flow_runs/filter", ours), "a run of the deployment")
-        wait_for(lambda: len(received) == 2, "two messages")
-    assert [run["parameters"] for run in runs] == [{"request": {"model": "models:/digits/7", "store": store}}]
-    texts = sorted(message["text"] for message in received)
+        wait_for(lambda: len(webhook.received) == 2, "two messages")
+        generated, trained = parameters(server, generation, 1), parameters(server, training, 2)
+    assert generated == [{"model": "digits/7", "store": store}]
+    assert sorted(trained, key=lambda given: given["name"]) == [
+        {"dataset": "cats@1f", "name": "cats", "store": store, "preset": "digits-flow"},
+        {"dataset": "dogs@2f", "name": "dogs", "store": store, "preset": "digits"},
+    ]
+    assert {path for path, _ in webhook.received} == {f"/{SECRET}"}
+    texts = sorted(message["text"] for _, message in webhook.received)
     assert texts[0] == "diffusion.gate.refused: digits Worse." and "the cluster burnt down" in texts[1]
     assert SECRET not in "".join(capfd.readouterr()) + json.dumps(server.post("automations/filter", {}))
+
+
+def parameters(server: Server, deployment: Any, count: int) -> list[dict[str, Any]]:
+    """Of the runs that the automations started of a deployment."""
+    ours = {"deployments": {"id": {"any_": [str(deployment)]}}}
+    runs = wait_for(
+        lambda: len(found := server.post("flow_runs/filter", ours)) >= count and found, f"{count} runs of a deployment"
+    )
+    return [run["parameters"] for run in runs]
 
 
 @pytest.fixture(scope="module")
@@ -188,17 +208,18 @@ def test_an_answer_from_the_ui_from_a_shell_and_none_also_across_a_restart(
     server: Server, registry: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(waiting, "POLL_S", 0.5)
-    with ThreadPoolExecutor(3) as pool:
+    monkeypatch.setattr(waiting, "approval", SimpleNamespace(**{**vars(approval), "answer_of": away_at_first()}))
+    with ThreadPoolExecutor(3) as pool, nobody_waits_longer(server):
         # A thread has a context of its own, and which server is meant stands in the context.
         futures = [
-            pool.submit(copy_context().run, asks, registry, version, 150 if version < 3 else 25)
+            pool.submit(copy_context().run, asks, registry, version, 900 if version < 3 else 90)
             for version in (1, 2, 3)
         ]
         paused = {"flow_runs": {"state": {"type": {"any_": ["PAUSED"]}}}}
         runs = wait_for(lambda: len(found := server.post("flow_runs/filter", paused)) == 3 and found, "three questions")
         of_version = {run["parameters"]["version"]: run["id"] for run in runs}
         reports = server.post("artifacts/filter", {"artifacts": {"key": {"any_": ["approval"]}}})
-        assert any("| recall | 0.5 ± 0.01 | – | 0.9 |" in report["data"] for report in reports)
+        assert any("| recall | 0.500 ± 0.010 | – | 0.9 |" in report["data"] for report in reports)
         assert all("data:image/png;base64," in report["data"] for report in reports)
 
         server.stop()
@@ -208,7 +229,7 @@ def test_an_answer_from_the_ui_from_a_shell_and_none_also_across_a_restart(
         assert empty["status"] == "REJECT", "the form is asked for"
         form = {"decision": "accept", "reason": "Both sheets look alike.", "by": "Anna"}
         assert server.post(f"flow_runs/{of_version[1]}/resume", {"run_input": form})["status"] == "ACCEPT"
-        results = [future.result(timeout=120) for future in futures]
+        results = [future.result(timeout=200) for future in futures]
 
     assert [result.promoted for result in results] == [True, False, False]
     assert "Accepted by Anna" in results[0].reason and "Both sheets look alike." in results[0].reason
@@ -221,6 +242,31 @@ def test_an_answer_from_the_ui_from_a_shell_and_none_also_across_a_restart(
         for run in server.post("flow_runs/filter", {"flow_runs": {"id": {"any_": list(of_version.values())}}})
     }
     assert states == {"COMPLETED"}
+
+
+def away_at_first() -> Callable[[str, Question], Answer | None]:
+    """Looks for an answer, of which the first three find the store away."""
+    faults = iter([StoreUnavailable("The store was away.")] * 3)
+
+    def answer_of(store: str, question: Question) -> Answer | None:
+        if fault := next(faults, None):
+            raise fault
+        return approval.answer_of(store, question)
+
+    return answer_of
+
+
+@contextmanager
+def nobody_waits_longer(server: Server) -> Iterator[None]:
+    """If what is done here fails, the runs that wait for a person end, and their threads with them."""
+    try:
+        yield
+    except BaseException:
+        server.start()
+        waiting = {"flow_runs": {"state": {"type": {"any_": ["RUNNING", "PAUSED"]}}}}
+        for run in server.post("flow_runs/filter", waiting):
+            server.post(f"flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLED"}, "force": True})
+        raise
 
 
 def answer_by_shell(store: str, flow_run_id: str) -> None:
