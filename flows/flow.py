@@ -77,14 +77,16 @@ def _is_news(error: BaseException) -> bool:
 
 
 class _OneTraceback(logging.Filter):
-    """Lets the first traceback of each error through, and none of a user's mistake.
+    """Lets the first traceback of each error through, and nothing of a user's mistake, whose sentence is told already.
 
-    What else a record says stays. One that only repeats the error goes.
+    What else a record of a known error says stays. One that only repeats the error goes.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        if error is None or (not isinstance(error, UserError) and _is_news(error)):
+        if isinstance(error, UserError):
+            return False
+        if error is None or _is_news(error):
             return True
         record.exc_info = None
         return not any(told in record.getMessage() for told in (repr(error), str(error)) if told)
