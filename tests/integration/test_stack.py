@@ -33,6 +33,7 @@ from tests.local_stack import Api, LocalStack, alive, diffusion, free_port, proc
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).parent.parent.parent
+INTERNAL = {"asked_by", "asked", "bundle_uri"}  # what requests tell each other, and no form asks
 QUEUES = {
     "shard-dataset/shard-dataset": "default",
     "train-model/train-model": "training",
@@ -89,7 +90,7 @@ def training(store: str) -> dict[str, Any]:
             ),
         ),
     )
-    return {"request": request.model_dump(mode="json")}
+    return {"request": request.model_dump(mode="json", exclude=INTERNAL)}
 
 
 def test_up_twice_is_one_stack_and_its_deployments_have_queues(
@@ -164,7 +165,9 @@ def test_generation_starts_during_a_training_and_a_cancel_needs_no_worker(
 
     asked_at = time.monotonic()
     request = GenerateRequest(store=store, model="models:/nothing/1")
-    generated = api.start("generate-images/generate-images", {"request": request.model_dump(mode="json")})
+    generated = api.start(
+        "generate-images/generate-images", {"request": request.model_dump(mode="json", exclude=INTERNAL)}
+    )
     api.wait_for(generated, "RUNNING", "FAILED", seconds=60)
     print(f"the generation started after {time.monotonic() - asked_at:.1f} s")
     assert api.run(trained)["state"]["type"] == "RUNNING"
@@ -213,7 +216,9 @@ def test_prefect_deploy_makes_the_same_deployments(api: Api, stack: dict[str, An
     assert after["diffusion-pipeline/digits"]["parameters"]["config"]["store"] == store
 
     request = GenerateRequest(store=store, model="models:/nothing/1")
-    refused = api.start("generate-images/generate-images", {"request": request.model_dump(mode="json")})
+    refused = api.start(
+        "generate-images/generate-images", {"request": request.model_dump(mode="json", exclude=INTERNAL)}
+    )
     assert "nothing" in api.wait_for(refused, "FAILED")["state"]["message"]
 
 
