@@ -10,7 +10,6 @@
 | `ray_head` | a Ray head that listens on loopback alone and asks for a token |
 | `settle` | the final state of a run whose process is gone |
 | `watch` | the program that settles every few seconds |
-| `shared` | `infra/prefect.yaml`, the same pool and deployments for a shared server |
 
 Which process runs a flow run is announced by the run itself (`flows.announced`).
 

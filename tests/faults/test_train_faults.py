@@ -90,7 +90,7 @@ def check_record(run, result):
     assert {200 * step for step in range(1, 11)} <= set(steps)
 
 
-@pytest.mark.timeout(400)  # two jobs, each with a Ray of its own
+@pytest.mark.timeout(900)  # two jobs, each with a Ray of its own
 @pytest.mark.parametrize(
     "kill", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL], ids=lambda kill: kill.name
 )

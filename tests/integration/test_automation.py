@@ -117,7 +117,7 @@ def breaks() -> None:
     raise RuntimeError("the cluster burnt down")
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_champion_generates_new_data_trains_and_trouble_calls_the_webhook(
     server: Server, store: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,7 +203,7 @@ def gate(store: str, version: int, seconds: float) -> RegisterResult:
     )
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_an_answer_from_the_ui_from_a_shell_and_none_also_across_a_restart(
     server: Server, registry: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -149,7 +149,7 @@ def shard_request(store: str) -> ShardRequest:
     )
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_wrong_or_missing_token_is_one_sentence_before_any_job(head: Head, store: str, monkeypatch) -> None:
     for token in ("not-that-one", None):
         for variable, address in (("RAY_API_SERVER_ADDRESS", head.api), ("RAY_ADDRESS", head.address)):
@@ -168,7 +168,7 @@ def test_a_wrong_or_missing_token_is_one_sentence_before_any_job(head: Head, sto
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_a_job_on_the_cluster(jobs_api: Head, store: str) -> None:
     events: list[ProgressEvent] = []
     started: list[JobLog] = []
@@ -213,7 +213,7 @@ def _status(job_id: str) -> str:
     return str(JobSubmissionClient(os.environ["RAY_API_SERVER_ADDRESS"]).get_job_status(job_id).value)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_job_whose_waiter_was_killed_is_stopped(jobs_api: Head, store: str) -> None:
     waiter = subprocess.Popen([sys.executable, "-c", WAITER, LONG_JOB, shard_request(store).model_dump_json()])
     try:
@@ -239,7 +239,7 @@ backend.run_job("shard", request, ShardResult, backend.BackendConfig(kind="jobs"
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_cluster_that_dies_ends_the_wait_with_a_sentence(
     jobs_api: Head, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,7 +32,7 @@ def store(pipeline_store: str) -> str:
     return pipeline_store
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_every_stage_has_its_result(first: Any, store: str) -> None:
     assert not any(result.reused for result in first.stages.values())
     assert sum(first.dataset.splits.values()) == 1797 and first.dataset.rejected == 0
@@ -79,7 +79,7 @@ def test_mlflow_names_the_flow_run_and_keeps_no_figure_for_itself(first: Any, st
     assert json.loads(kept[-1])["loss"] == recorded.data.metrics["loss"] == first.run.loss
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_again_finds_everything_done(first: Any, store: str, capsys: pytest.CaptureFixture[str]) -> None:
     from flows.cli import main
 
@@ -261,7 +261,7 @@ def _artifacts() -> dict[str, str]:
     }
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_ctrl_c_ends_the_job_and_the_same_command_goes_on(first: Any, store: str) -> None:
     """A training that would take hours is interrupted after a checkpoint; with fewer images it ends from there."""
     from prefect.settings import PREFECT_API_URL

@@ -34,7 +34,7 @@ def stored(store: str, *apart: str) -> int:
     return sum(path.stat().st_size for path in files if not any(name in path.parts for name in apart))
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_a_plan_of_an_empty_store_is_what_the_pipeline_does(
     first: Any, pipeline_store: str, planned: Callable[[str], dict[str, Any]], tmp_path: Path
 ) -> None:

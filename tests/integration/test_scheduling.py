@@ -85,7 +85,7 @@ def _start_run(api: Api, flow: str, name: str) -> None:
     api(f"deployments/{deployment}/create_flow_run", {"state": {"type": "SCHEDULED"}})
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_skip_queue_and_cancel(api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A schedule of 20 s fires by itself, and the others by hand. Two of the queues have room for one run only."""
     from flows.schedules import server
@@ -131,7 +131,7 @@ def test_skip_queue_and_cancel(api: Api, tmp_path: Path, monkeypatch: pytest.Mon
     assert server.rows() == [] and api("deployments/filter", {}) == []
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_a_watched_folder_makes_a_version_by_itself(api: Api, tmp_path: Path, store: str) -> None:
     from flows.schedules import server
 

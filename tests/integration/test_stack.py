@@ -30,7 +30,7 @@ from diffusion_core.training.config import TrainingConfig
 from diffusion_core.training.run import TrainSpec
 from tests.local_stack import Api, LocalStack, alive, diffusion, free_port, processes_about, run, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parent.parent.parent
 INTERNAL = {"asked_by", "asked", "bundle_uri"}  # what requests tell each other, and no form asks

@@ -35,7 +35,7 @@ def say(first: Any, pipeline_store: str, ray_cluster: object, capsys: pytest.Cap
 CHOSEN = ["--preset", "digits", *(word for setting in SETTINGS for word in ("--set", setting))]
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_every_verb_goes_on_from_the_pipeline(first: Any, say: Say) -> None:
     dataset = say("shard", *CHOSEN)

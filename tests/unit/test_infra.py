@@ -55,11 +55,9 @@ def test_the_readme_says_what_was_never_run(name: str) -> None:
 
 
 def test_prefect_yaml_is_what_the_code_makes() -> None:
-    from flows.stack import shared
+    from flows import shared
 
-    assert (INFRA / "prefect.yaml").read_text() == shared.text(), (
-        "run: python -m flows.stack.shared > infra/prefect.yaml"
-    )
+    assert (INFRA / "prefect.yaml").read_text() == shared.text(), "run: python -m flows.shared > infra/prefect.yaml"
 
 
 def test_prefect_yaml_means_the_deployments_of_the_stack() -> None:

@@ -1,6 +1,6 @@
 """`infra/prefect.yaml`: the pool, its queues, all deployments and automations, for a server that a team shares.
 
-`python -m flows.stack.shared` prints the file. With `--pools` it makes the pool and its queues on the server of
+`python -m flows.shared` prints the file. With `--pools` it makes the pool and its queues on the server of
 PREFECT_API_URL, which Prefect's own `prefect deploy` does not do; nor does it make automations, which are off until
 somebody enables one.
 """
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 STORE = "s3://the-store-of-prefect-yaml"
 FROM_ENVIRONMENT = "{{ $DIFFUSION_STORE }}"  # what `prefect deploy` puts the variable's value in for
 HEADER = """\
-# What a shared Prefect server knows of this product: python -m flows.stack.shared > infra/prefect.yaml
+# What a shared Prefect server knows of this product: python -m flows.shared > infra/prefect.yaml
 #   export PREFECT_API_URL=http://server:4200/api DIFFUSION_STORE=s3://bucket/prefix
-#   python -m flows.stack.shared --pools                       # `prefect deploy` makes no pools
+#   python -m flows.shared --pools                       # `prefect deploy` makes no pools
 #   prefect --no-prompt deploy --all --prefect-file infra/prefect.yaml
 #   prefect worker start --pool diffusion --type process       # on each machine that runs flows, with the package
 #   diffusion automation enable champion-generates             # the automations are off until they are enabled
