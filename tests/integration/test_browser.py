@@ -102,7 +102,7 @@ def test_a_run_started_by_clicks_completes_and_shows_its_report(
     form.fill("Training length (images)", "640")
     form.fill("Images to measure", "100")
     form.fill("Images to make", "32")
-    form.fill("Overrides", "evaluation.classifier.images: 2000")
+    form.fill("Overrides", "evaluation.classifier.images: 2000\ntraining.log_every_images: 128")
     run_id = form.submit()
     said = Api(url).run(run_id)["parameters"]
     assert "store" in said and {"images": 640, "samples": 100, "count": 32}.items() <= said.items()
