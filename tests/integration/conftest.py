@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +18,24 @@ def pipeline_store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def first(prefect_server: None, ray_cluster: object, pipeline_store: str) -> Any:
-    """The result of the pipeline's first run."""
+def first_run(prefect_server: None, ray_cluster: object, pipeline_store: str) -> tuple[Any, dict[str, int]]:
     from flows.pipeline import diffusion_pipeline
 
-    return diffusion_pipeline(load_config("digits", settings=SETTINGS, shortcuts={"store": pipeline_store}))
+    result = diffusion_pipeline(load_config("digits", settings=SETTINGS, shortcuts={"store": pipeline_store}))
+    sizes: dict[str, int] = {}
+    for path in filter(Path.is_file, Path(pipeline_store).rglob("*")):
+        folder = path.relative_to(pipeline_store).parts[0]
+        sizes[folder] = sizes.get(folder, 0) + path.stat().st_size
+    return result, sizes
+
+
+@pytest.fixture(scope="session")
+def first(first_run: tuple[Any, dict[str, int]]) -> Any:
+    """The result of the pipeline's first run."""
+    return first_run[0]
+
+
+@pytest.fixture(scope="session")
+def first_bytes(first_run: tuple[Any, dict[str, int]]) -> dict[str, int]:
+    """What the first run left in the store, in bytes by folder; other tests add to it later."""
+    return first_run[1]
