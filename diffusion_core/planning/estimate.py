@@ -147,7 +147,9 @@ class _Estimate:
             config = self.config.evaluation
             again = self._sampled("evaluate", self.outlook.samples, config.batch_size, config.sampler.steps)
             seconds += again.seconds + self._measuring(self.outlook.samples)
-        return StagePlan(stage="register", state=self.outlook.work["register"].state, seconds=seconds)
+        copied = round(self.trial["train"].figures["bundle_bytes"]) if "train" in self.trial else 0  # for MLflow
+        state = self.outlook.work["register"].state
+        return StagePlan(stage="register", state=state, bytes=copied, seconds=seconds)
 
     def _generate(self) -> StagePlan:
         work, config = self.outlook.work["generate"], self.config.generation
