@@ -59,9 +59,9 @@ def test_a_plan_of_an_empty_store_is_what_the_pipeline_does(
     assert all(0.25e9 < each < 1e9 for each in workers.values()), workers
     assert plan["fits"] and plan["memory"].endswith("it fits.") and plan["gpu_hours"] == 0
 
-    # Time is judged generously: other tests share the machine. tests/benchmarks/plan_accuracy.py judges it strictly.
-    taken = sum(stage.account.seconds for stage in first.stages.values())
-    assert taken / 6 < plan["seconds"] < 6 * taken, (plan["seconds"], taken)
+    # How near the times come is for tests/benchmarks/plan_accuracy.py to judge, on a machine without other work.
+    assert all(stage["seconds"] > 0 for stage in stages.values())
+    assert plan["seconds"] == pytest.approx(sum(stage["seconds"] for stage in stages.values()))
 
 
 def test_a_plan_finds_done_what_is_done(
