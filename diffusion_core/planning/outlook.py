@@ -155,7 +155,7 @@ def _after(
 
 def _registered(config: PipelineConfig, bundle_uri: str) -> bool:
     """Whether a pipeline came to its end with this bundle before."""
-    outcomes = Directory(config.store) / layout.OUTCOMES / config.name
+    outcomes = Directory(config.store) / layout.outcomes(config.name)
     return any(outcomes.read_json(entry.key).get("bundle") == bundle_uri for entry in outcomes.list())
 
 
