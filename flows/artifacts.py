@@ -60,7 +60,7 @@ def beside_the_champion(result: PipelineResult) -> str:
     """The sample sheet of the version, beside that of the champion that it was compared with, or follows."""
     version = result.version
     title = f"version {version.version}, {version.alias}"
-    found = {title: embedded(f"{result.run.bundle_uri}/{layout.SAMPLES}")}
+    found = {title: _sheet(result.run.bundle_uri)}
     rival = version.previous if version.promoted else version.figures.get("champion_version")
     if rival is not None:
         title = f"version {rival}, {'champion before' if version.promoted else 'champion'}"
@@ -71,8 +71,15 @@ def beside_the_champion(result: PipelineResult) -> str:
 def samples_of(model: str, version: int, store: str) -> str:
     """The sample sheet of a model version as Markdown, or why there is none."""
     try:
-        return embedded(f"{resolve_model(f'models:/{model}/{version}', store).bundle_uri}/{layout.SAMPLES}")
-    except (UserError, FileNotFoundError) as error:
+        return _sheet(resolve_model(f"models:/{model}/{version}", store).bundle_uri)
+    except UserError as error:
+        return f"There is no sample sheet: {error}"
+
+
+def _sheet(bundle_uri: str) -> str:
+    try:
+        return embedded(f"{bundle_uri}/{layout.SAMPLES}")
+    except FileNotFoundError as error:
         return f"There is no sample sheet: {error}"
 
 
