@@ -172,12 +172,10 @@ def environment(part: str, rank: int, workers: int, port: int, gpus: int) -> dic
 
 def _together(part: str, found: list[Measured]) -> PartResult:
     """Processes of a training advance in step, so that one rate is that of all; the others' rates add up."""
-    names = found[0].figures
-    figures = {name: sum(each.figures[name] for each in found) / len(found) for name in names}
+    figures = found[0].figures  # of a training the leader's, who writes
     if part != "train":
-        figures |= {name: value * len(found) for name, value in figures.items() if name.endswith("_per_second")}
-    else:
-        figures = found[0].figures  # the leader's, who writes
+        sums = {name: sum(each.figures[name] for each in found) for name in figures}
+        figures = {name: all_ if name.endswith("_per_second") else all_ / len(found) for name, all_ in sums.items()}
     return PartResult(
         workers=len(found),
         ready_s=max(each.ready_s for each in found),
