@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 
 import pytest
 
@@ -132,10 +133,10 @@ def test_what_is_used_between_plan_and_deletion_stays(small, user):
         small.job("train-1", {"dataset_uri": f"{small.uri}/{data}"}, ended=False)
     else:
         key = small.images("set", "run", "data")
-        if user == "turn":
-            claim(small.root / f"leases/generate/{name_of('set')}/0-100", {})
         assert key in why(small, run)
-    done = prune.apply(small.uri, planned, EVERYTHING)
+    turn = small.root / f"leases/generate/{name_of('set')}/0-100"
+    with claim(turn, {}) if user == "turn" else nullcontext():
+        done = prune.apply(small.uri, planned, EVERYTHING)
     assert [row.goes for row in done] == [False, False] and find.run(name_of("run"), small.uri)
 
 
@@ -216,12 +217,13 @@ def test_what_ended_jobs_left_goes_and_what_others_hold_stays(small):
     ended, running = small.job("shard-1", {}), small.job("shard-2", {}, ended=False)
     turn, held = (small.root / f"leases/shard/digits/{number}" for number in (1, 2))
     claim(turn, {}).end()
-    claim(held, {})
-    small.age(days=2)
-    assert going(small, Retention(3600)) == {ended, "leases/shard/digits/1"}
-    prune.apply(small.uri, prune.plan(small.uri, Retention(3600)), Retention(3600))
-    assert {entry.key.rpartition("/")[0] for entry in small.root.list()} == {running, "leases/shard/digits/2"}
-    assert claim(turn, {}).number == 1
+    with claim(held, {}):
+        small.age(days=2)
+        assert going(small, Retention(3600)) == {ended, "leases/shard/digits/1"}
+        prune.apply(small.uri, prune.plan(small.uri, Retention(3600)), Retention(3600))
+        assert {entry.key.rpartition("/")[0] for entry in small.root.list()} == {running, "leases/shard/digits/2"}
+    with claim(turn, {}) as again:
+        assert again.number == 1
 
 
 class Cut(Exception):
