@@ -7,7 +7,7 @@ disabling it keeps it, so that the UI shows it; neither ever makes a second one 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, cast
@@ -19,7 +19,8 @@ from prefect.events.schemas.automations import Automation, AutomationCore, Event
 from prefect.exceptions import ObjectNotFound
 
 from diffusion_core.config import UserError
-from diffusion_core.stages.settings import preset_names
+from diffusion_core.stages.overrides import WHERE
+from diffusion_core.stages.settings import load_config, preset_names
 from flows.server import prefect_server
 
 if TYPE_CHECKING:
@@ -118,7 +119,9 @@ def states() -> dict[str, bool | None]:
     return {name: None if automation is None else automation.enabled for name, automation in found.items()}
 
 
-def enable(name: str, webhook_variable: str = WEBHOOK_VARIABLE, preset: str | None = None) -> None:
+def enable(
+    name: str, webhook_variable: str = WEBHOOK_VARIABLE, preset: str | None = None, settings: Sequence[str] = ()
+) -> None:
     """Make an automation in the Prefect server, or bring it up to date, and enable it.
 
     Args:
@@ -126,13 +129,16 @@ def enable(name: str, webhook_variable: str = WEBHOOK_VARIABLE, preset: str | No
         webhook_variable: name of the environment variable with the address of the webhook. It is a secret: it is kept
             encrypted in a block of the server, and shown nowhere. If it is not set, the address that is kept counts.
         preset: which one the run starts from, where the event names none.
+        settings: fields in which its runs differ from the preset, as `training.images=64000`.
 
     Raises:
-        UserError: there is no such automation, deployment, address or preset.
+        UserError: there is no such automation, deployment, address, preset or field.
     """
     shipped = _shipped(name)
+    if shipped.deployment is None and (preset is not None or settings):
+        raise UserError(f"automation {name}: it calls a webhook, and takes neither --preset nor --set.")
     with prefect_server() as client:
-        action = _action(client, shipped, webhook_variable, preset)
+        action = _action(client, shipped, webhook_variable, preset, settings)
         wanted = AutomationCore(
             name=PREFIX + name,
             description=shipped.description,
@@ -168,10 +174,13 @@ def _existing(client: SyncPrefectClient, shipped: Shipped) -> Automation | None:
     return next(iter(client.read_automations_by_name(PREFIX + shipped.name)), None)
 
 
-def _action(client: SyncPrefectClient, shipped: Shipped, variable: str, preset: str | None) -> ActionTypes:
-    _check_preset(shipped, preset)
+def _action(
+    client: SyncPrefectClient, shipped: Shipped, variable: str, preset: str | None, settings: Sequence[str]
+) -> ActionTypes:
     if shipped.deployment is None:
         return CallWebhook(block_document_id=_webhook(client, variable), payload=_MESSAGE)
+    _check_preset(shipped, preset)
+    load_config(preset, settings=settings, source_needed=False)
     try:
         found = client.read_deployment_by_name(shipped.deployment)
     except ObjectNotFound:
@@ -180,6 +189,8 @@ def _action(client: SyncPrefectClient, shipped: Shipped, variable: str, preset: 
     inputs = dict(shipped.parameters)
     if preset is not None:
         inputs["preset"] = "{{ (event.payload.preset or '" + preset + "') }}"
+    if settings:
+        inputs[WHERE] = "\n".join(settings)
     return RunDeployment(source="selected", deployment_id=found.id, parameters=inputs)
 
 
@@ -189,8 +200,6 @@ def _check_preset(shipped: Shipped, preset: str | None) -> None:
         raise UserError(
             f"automation {shipped.name}: --preset: say what it starts from where data names none; {accepted}."
         )
-    if preset is not None and shipped.deployment is None:
-        raise UserError(f"automation {shipped.name}: --preset: it calls a webhook, and takes no preset.")
     if preset is not None and preset not in preset_names():
         raise UserError(f"automation {shipped.name}: --preset: there is no preset {preset}; {accepted}.")
 

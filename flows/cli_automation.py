@@ -67,13 +67,14 @@ def enable(
     preset: Annotated[
         str | None, typer.Option("--preset", help="Preset that its runs start from where the event names none.")
     ] = None,
+    settings: o.Settings = None,
     store: o.Store = None,
 ) -> None:
     """Enable an automation, and bring it up to date."""
     server.prepared(store)
     from flows import automations
 
-    automations.enable(name, webhook_env, preset)
+    automations.enable(name, webhook_env, preset, settings or ())
     typer.echo(f"{name} is enabled")
 
 

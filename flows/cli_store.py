@@ -34,9 +34,12 @@ def promote(
 ) -> None:
     """Make a version the champion, whatever the gate said."""
     from diffusion_core import tracking
+    from diffusion_core.tracking import approval
 
-    tracking.promote(model, version, server.place(store))
-    _say_champion(model, version, server.place(store), as_json)
+    place = server.place(store)
+    tracking.promote(model, version, place)
+    approval.answer_by_promotion(place, model, version)
+    _say_champion(model, version, place, as_json)
 
 
 def rollback(model: ModelName, store: o.Store = None, as_json: o.Json = False) -> None:

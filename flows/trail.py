@@ -1,7 +1,11 @@
-"""Where to look further: the job of a stage, its files, and the pages of Ray and MLflow. No credential is in any."""
+"""Where to look further: the job of a stage, its files, and the pages of Ray and MLflow. No credential is in any.
+
+Ray's dashboard is at the address of its Jobs API, unless DIFFUSION_RAY_UI names another URL for people to look at.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +16,8 @@ from diffusion_core.stages.base import Rows, Stage
 from diffusion_core.stages.registry import STAGES
 from diffusion_core.store import layout
 from diffusion_core.tracking import page, tracking_uri, without_secrets
+
+RAY_UI = "DIFFUSION_RAY_UI"
 
 
 def of_stage(stage: Stage[Any, Any], result: Result, store: str, backend: BackendConfig) -> Rows:
@@ -37,7 +43,7 @@ def of_pipeline(results: Mapping[str, Result], store: str, backend: BackendConfi
 
 def _job(uri: str, backend: BackendConfig) -> str:
     """The job's id, which is also that of its submission to the Ray Jobs API, whose dashboard has a page for it."""
-    job_id, address = uri.rpartition("/")[2], jobs_address()
+    job_id, address = uri.rpartition("/")[2], os.environ.get(RAY_UI) or jobs_address()
     if backend.kind is not BackendKind.jobs or address is None:
         return job_id
     return f"[{job_id}]({without_secrets(address).rstrip('/')}/#/jobs/{job_id})"

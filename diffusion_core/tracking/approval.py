@@ -98,6 +98,13 @@ def answer(store: str, question: Question, accepted: bool, by: str, reason: str)
     return stands
 
 
+def answer_by_promotion(store: str, model: str, version: int) -> None:
+    """Answer what is still asked about a version that somebody made the champion without answering."""
+    for _, question in _questions(store):
+        if (question.model, question.version) == (model, version) and answer_of(store, question) is None:
+            answer(store, question, True, "diffusion promote", "It was made the champion whatever is answered.")
+
+
 def show(store: str, question: Question, answer: Answer | None) -> None:
     """Show in the registry, as tags of the version, how a question stands."""
     tags = {

@@ -25,6 +25,7 @@ from PIL import Image
 from pyarrow.fs import S3FileSystem
 
 from diffusion_core.stages.settings import as_values, load_config
+from tests import tiny_pipeline
 from tests.chaos import generation, training
 from tests.conftest import HOME
 from tests.local_stack import LocalStack, wait_for
@@ -38,30 +39,20 @@ pytestmark = [pytest.mark.outage, pytest.mark.timeout(900)]
 
 SECOND = "SECOND"  # what only the second raylet has
 BROKEN = {"circle/017.png": "truncated", "circle/055.jpg": "empty", "square/101.png": "no picture"}
+COUNT = 24
 SETTINGS = [
+    *tiny_pipeline.SETTINGS,
     "name=shapes",
     "backend.kind=jobs",
     "dataset.image_size=16",
     "dataset.channels=1",
-    "network.base_channels=16",
-    "network.head_channels=16",
     "network.channel_multipliers=[1,2]",
-    "network.blocks_per_level=1",
     "training.batch_size=64",
     "training.microbatch_size=32",
-    "training.images=320",
-    "training.preview_every_images=0",
     "evaluation.samples=20",
-    "evaluation.sampler.steps=4",
-    "evaluation.classifier.images=1000",
     "evaluation.kid_subset_size=10",
-    "gate.resamples=20",
-    "gate.first_limit=100000000",
-    "gate.min_accuracy=null",
-    "generation.sampler.steps=4",
-    "generation.count=24",
+    f"generation.count={COUNT}",
     "generation.images_per_shard=8",
-    "generation.batch_size=8",
     f"resources.generate.accelerator_type={SECOND}",
 ]
 
@@ -194,7 +185,7 @@ def _check_model(services: Services) -> None:
 def _check_images(services: Services) -> None:
     shards = [key for key in _keys(services, "images/") if re.search(r"/shards/.*\.parquet$", key)]
     rows = [row for key in shards for row in _table(services, key).to_pylist()]
-    assert sorted(row["image_id"] for row in rows) == list(range(24))
+    assert sorted(row["image_id"] for row in rows) == list(range(COUNT))
     assert all(row["label"] == row["image_id"] % 2 for row in rows)
     with Image.open(io.BytesIO(rows[0]["image"]["bytes"])) as picture:
         assert picture.size == (16, 16)

@@ -11,13 +11,14 @@ import pytest
 from PIL import Image
 
 from diffusion_core.store import Directory
-from tests import store_digests
+from tests import store_digests, tiny_pipeline
 from tests.local_stack import LocalStack, diffusion, run, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 COUNT = 16
 SETTINGS = [
+    *tiny_pipeline.SETTINGS,
     "name=shades",
     "dataset.image_size=8",
     "dataset.channels=1",
@@ -27,25 +28,16 @@ SETTINGS = [
     "network.head_channels=8",
     "network.channel_multipliers=[1]",
     "network.attention_resolutions=[]",
-    "network.blocks_per_level=1",
     "training.batch_size=32",
     "training.microbatch_size=32",
     "training.images=1600",
+    "training.checkpoint_every_images=1600",
     "training.learning_rate=0.02",
     "training.warmup_images=0",
     "training.ema_halflife_images=64",
-    "training.preview_every_images=0",
-    "evaluation.samples=32",
-    "evaluation.sampler.steps=4",
     "evaluation.classifier.images=500",
     "evaluation.kid_subset_size=8",
-    "gate.resamples=20",
-    "gate.first_limit=100000000",
-    "gate.min_accuracy=null",
-    "generation.sampler.steps=4",
     f"generation.count={COUNT}",
-    "generation.images_per_shard=16",
-    "generation.batch_size=16",
     *(f"resources.{stage}.workers=1" for stage in ("shard", "train", "evaluate", "generate")),
 ]
 

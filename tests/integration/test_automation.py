@@ -89,7 +89,7 @@ def generates(model: str, store: str, preset: str = "") -> None:
 
 
 @flow(name="train-model")
-def trains(dataset: str, name: str, store: str, preset: str = "") -> None:
+def trains(dataset: str, name: str, store: str, preset: str = "", overrides: str = "") -> None:
     return
 
 
@@ -127,7 +127,12 @@ def test_a_champion_generates_new_data_trains_and_trouble_calls_the_webhook(
         monkeypatch.setenv("DIFFUSION_WEBHOOK_URL", f"{webhook.url}/{SECRET}")
         with pytest.raises(UserError, match="automation new-data-trains: --preset: say what it starts from"):
             automations.enable("new-data-trains")
-        automations.enable("new-data-trains", preset="digits")
+        with pytest.raises(UserError, match=r"training\.image.*training\.images"):
+            automations.enable("new-data-trains", preset="digits", settings=["training.image=64"])
+        with pytest.raises(UserError, match="takes neither --preset nor --set"):
+            automations.enable("notify", settings=["training.images=64"])
+        longer = ["training.images=64000", "network.channel_multipliers=[1, 2]"]
+        automations.enable("new-data-trains", preset="digits", settings=longer)
         for name in ("champion-generates", "notify", "notify", "notify-stuck"):
             automations.enable(name)
         automations.disable("notify-stuck")
@@ -144,9 +149,10 @@ def test_a_champion_generates_new_data_trains_and_trouble_calls_the_webhook(
         wait_for(lambda: len(webhook.received) == 2, "two messages")
         generated, trained = parameters(server, generation, 1), parameters(server, training, 2)
     assert generated == [{"model": "digits/7", "store": store}]
+    same = {"store": store, "overrides": "\n".join(longer)}
     assert sorted(trained, key=lambda given: given["name"]) == [
-        {"dataset": "cats@1f", "name": "cats", "store": store, "preset": "digits-flow"},
-        {"dataset": "dogs@2f", "name": "dogs", "store": store, "preset": "digits"},
+        {"dataset": "cats@1f", "name": "cats", "preset": "digits-flow", **same},
+        {"dataset": "dogs@2f", "name": "dogs", "preset": "digits", **same},
     ]
     assert {path for path, _ in webhook.received} == {f"/{SECRET}"}
     texts = sorted(message["text"] for _, message in webhook.received)

@@ -331,3 +331,28 @@ def test_prune_takes_what_nothing_came_from_and_nothing_else(
     assert (Directory(store) / "jobs").children() == [] and not list((Directory(store) / "leases").list())
     for reference in (first.images.set_id, first.dataset.uri, first.run.bundle_uri):
         assert main(["verify", reference, "--store", store]) == 0
+
+
+@pytest.mark.timeout(240)
+def test_a_version_becomes_the_champion_once_a_person_accepts_it(
+    first: Any, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real gate, asked twice, with an answer between; the pause is that of `test_automation`."""
+    from diffusion_core.stages.register import RegisterRequest
+    from diffusion_core.tracking import approval, champion
+    from diffusion_core.tracking.approval import Question
+    from flows import approval as waiting
+    from flows.stages import FLOWS
+
+    def answered_at_once(question: Question, place: str) -> None:
+        assert champion(place, "asked") is None
+        approval.answer(place, question, True, "Anna", "It will do.")
+
+    monkeypatch.setattr(waiting, "_tell", answered_at_once)
+    config = load_config("digits", settings=[*SETTINGS, "gate.approval=ask"], shortcuts={"store": store})
+    result = FLOWS["register"](
+        RegisterRequest.of(config, "asked", first.run.bundle_uri, first.dataset.uri, first.run.mlflow_run_id),
+        config.backend,
+    )
+    assert result.promoted and result.question is None and "Accepted by Anna" in result.reason
+    assert champion(store, "asked") == result.version == 1

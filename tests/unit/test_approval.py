@@ -8,6 +8,7 @@ from diffusion_core import tracking
 from diffusion_core.config import UserError
 from diffusion_core.tracking import approval
 from diffusion_core.tracking.approval import Question
+from flows.cli import main
 from tests.tiny_bundle import tiny_bundle
 
 
@@ -88,3 +89,11 @@ def test_the_same_comparison_is_the_same_question():
     same = approval.question_id(3, "aa", "bb")
     assert same == approval.question_id(3, "aa", "bb") and same.startswith("3-")
     assert len({same, approval.question_id(3, "aa", ""), approval.question_id(3, "cc", "bb")}) == 3
+
+
+def test_a_promotion_by_hand_is_the_answer_to_what_is_asked_about_the_version(registry):
+    question, _ = asked(registry, "promoted")
+    assert main(["promote", "digits", "1", "--store", registry]) == 0
+    given = approval.answer_of(registry, question)
+    assert given.accepted and given.by == "diffusion promote"
+    assert main(["promote", "digits", "1", "--store", registry]) == 0, "an answer that is there is left alone"

@@ -127,6 +127,10 @@ def test_links_lead_to_mlflow_and_the_ray_job_without_credentials(monkeypatch, t
         ("log", "s3://bucket/store/jobs/register-1/log.txt"),
         ("result", "s3://bucket/store/jobs/register-1/result.json"),
     ]
+    monkeypatch.setenv("DIFFUSION_RAY_UI", "https://ray.example/")
+    assert dict(trail.of_stage(stage, result, str(tmp_path), jobs))["job"] == (
+        "[register-1](https://ray.example/#/jobs/register-1)"
+    )
 
 
 def test_a_record_that_is_a_file_may_be_shown_by_a_server(monkeypatch, tmp_path):
