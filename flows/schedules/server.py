@@ -7,7 +7,6 @@ deployment, `replace-running/<name>`, has the times, and starts the first one (s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
 
@@ -41,26 +40,15 @@ from flows.schedules.config import IfRunning, ScheduleConfig, What
 from flows.schedules.replace import replace_running
 from flows.schedules.watch import watch
 from flows.server import prefect_server
-from flows.stack.pool import POOL
+from flows.stack.pool import POOL, queue_of
 from flows.stages import FLOWS
 
-TRAINING, GENERATION, DEFAULT = "training", "generation", "default"
 TAG = "schedule"
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """The flow of a kind of schedule, and the queue that it waits in."""
-
-    flow: Flow[..., Any]
-    queue: str
-
-
-_KINDS = {
-    What.pipeline: _Kind(runs.pipeline, TRAINING),
-    What.generate: _Kind(runs.generate, GENERATION),
-    What.watch: _Kind(watch, DEFAULT),
-    What.prune: _Kind(FLOWS["prune"], DEFAULT),
+FLOW_OF: dict[What, Flow[..., Any]] = {
+    What.pipeline: runs.pipeline,
+    What.generate: runs.generate,
+    What.watch: watch,
+    What.prune: FLOWS["prune"],
 }
 
 
@@ -110,15 +98,14 @@ def remove(name: str) -> dict[str, Any]:
 
 
 def _deployments(config: ScheduleConfig, store: str) -> list[RunnerDeployment]:
-    kind, times = _KINDS[config.what], [_times(config)]
+    times = [_times(config)]
     tags = ["diffusion", TAG, f"what:{config.what}", f"if-running:{config.if_running}"]
     replaces = config.if_running is IfRunning.cancel
     main = _deployment(
-        kind.flow,
+        FLOW_OF[config.what],
         config,
         parameters=_parameters(config, store),
         tags=tags,
-        queue=kind.queue,
         times=[] if replaces else times,
         strategy=_strategy(config.if_running),
     )
@@ -130,7 +117,6 @@ def _deployments(config: ScheduleConfig, store: str) -> list[RunnerDeployment]:
         config,
         parameters=starts,
         tags=tags,
-        queue=DEFAULT,
         times=times,
         strategy=ConcurrencyLimitStrategy.CANCEL_NEW,
     )
@@ -143,7 +129,6 @@ def _deployment(
     *,
     parameters: dict[str, Any],
     tags: list[str],
-    queue: str,
     times: list[Schedule],
     strategy: ConcurrencyLimitStrategy,
 ) -> RunnerDeployment:
@@ -153,7 +138,7 @@ def _deployment(
         tags=tags,
         description=flow.description,
         work_pool_name=POOL,
-        work_queue_name=queue,
+        work_queue_name=queue_of(flow.name),
         schedules=times,
         concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=strategy),
         entrypoint_type=EntrypointType.MODULE_PATH,

@@ -43,7 +43,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
         api = Api(url)
         wait_for(lambda: _answers(api), "the Prefect server", 180)
         api("work_pools/", {"name": server.POOL, "type": "process"})
-        for queue in (server.TRAINING, server.GENERATION):
+        for queue in ("training", "generation"):
             api(f"work_pools/{server.POOL}/queues", {"name": queue, "concurrency_limit": 1})
         work = ["worker", "start", "--pool", server.POOL, "--type", "process", "--install-policy", "never"]
         _start(work, environment | {"PREFECT_API_URL": f"{url}/api"}, folder / "worker.log", ending)
@@ -92,7 +92,8 @@ def test_skip_queue_and_cancel(api: Api, tmp_path: Path, monkeypatch: pytest.Mon
     from tests.waiting_flow import wait_for_file
 
     def add(name: str, queue: str, interval: str) -> None:
-        monkeypatch.setitem(server._KINDS, What.prune, server._Kind(wait_for_file, queue))
+        monkeypatch.setitem(server.FLOW_OF, What.prune, wait_for_file)
+        monkeypatch.setattr(server, "queue_of", {"wait-for-file": queue, "replace-running": "default"}.get)
         config = ScheduleConfig(name=name, what=What.prune, interval=interval, if_running=IfRunning(name))
         row = server.add(config, str(tmp_path / name))
         assert (row["active"], row["if_running"]) == (True, name)
@@ -101,9 +102,9 @@ def test_skip_queue_and_cancel(api: Api, tmp_path: Path, monkeypatch: pytest.Mon
         (tmp_path / name).mkdir()
         (tmp_path / name / "go").touch()
 
-    add("skip", server.TRAINING, "20s")
-    add("queue", server.DEFAULT, "24h")
-    add("cancel", server.GENERATION, "24h")
+    add("skip", "training", "20s")
+    add("queue", "default", "24h")
+    add("cancel", "generation", "24h")
     for flow, name in (("wait-for-file", "queue"), ("wait-for-file", "queue"), ("wait-for-file", "cancel")):
         _start_run(api, flow, name)
     wait_for(lambda: sorted(_states(api, "queue")) == ["AwaitingConcurrencySlot", "Running"], "a run that waits", 120)
