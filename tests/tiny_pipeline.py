@@ -22,4 +22,5 @@ SETTINGS = [
     f"generation.count={COUNT}",
     "generation.images_per_shard=16",
     "generation.batch_size=16",
+    *(f"resources.{stage}.workers=1" for stage in ("shard", "evaluate", "generate")),  # each worker loads torch anew
 ]

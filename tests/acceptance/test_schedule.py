@@ -38,7 +38,7 @@ SETTINGS = [
     "evaluation.classifier.images=500",
     "evaluation.kid_subset_size=8",
     f"generation.count={COUNT}",
-    *(f"resources.{stage}.workers=1" for stage in ("shard", "train", "evaluate", "generate")),
+    "resources.train.workers=1",
 ]
 
 
