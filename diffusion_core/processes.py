@@ -42,15 +42,37 @@ def host() -> str:
 
 def started(pid: int) -> str | None:
     """When a process started, as text that differs between two of the same number; None if it is gone, or a zombie."""
-    if (PROC / "self/stat").exists():  # Linux, where slim images have no ps
-        fields = _text(PROC / f"{pid}/stat").rpartition(")")[2].split()
+    if _has_proc():
+        fields = _stat(PROC / f"{pid}/stat")
         return None if not fields or fields[0] in "ZX" else fields[19]
+    state, _, start = _ps("-o", "stat=,lstart=", "-p", str(pid)).strip().partition(" ")
+    return None if state.startswith("Z") else start.strip() or None
+
+
+def group_lives(leader: int) -> bool:
+    """True while a process of the group that `leader` leads, or led, runs; zombies hold nothing any more."""
+    if _has_proc():
+        shown = [fields[0:3:2] for fields in map(_stat, PROC.glob("[0-9]*/stat")) if fields]
+    else:
+        shown = [line.split() for line in _ps("-eo", "stat=,pgid=").splitlines()]
+    return any(group == str(leader) and state[0] not in "ZX" for state, group in shown)
+
+
+def _has_proc() -> bool:
+    """On Linux, where slim images have no ps."""
+    return (PROC / "self/stat").exists()
+
+
+def _stat(path: Path) -> list[str]:
+    """State, parent, group and so on of a process, after its name; empty if it is gone."""
+    return _text(path).rpartition(")")[2].split()
+
+
+def _ps(*options: str) -> str:
     try:
-        shown = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True)
+        return subprocess.run(["ps", *options], capture_output=True, text=True).stdout
     except FileNotFoundError:
         raise UserError("The program ps is needed to look after processes; install it (procps).") from None
-    state, _, start = shown.stdout.strip().partition(" ")
-    return None if state.startswith("Z") else start.strip() or None
 
 
 def _text(path: Path) -> str:

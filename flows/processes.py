@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusion_core.processes import started
+from diffusion_core.processes import group_lives, started
 
 PATIENCE_S = 30.0
 KILL_PATIENCE_S = 5.0
@@ -59,12 +59,15 @@ def end(process: Process, patience_s: float = PATIENCE_S) -> None:
 
 
 def end_group(leader: Process, patience_s: float = PATIENCE_S) -> None:
-    """End a process with the group that it leads; members that outlive it are killed."""
+    """End a process with the group that it leads; members that outlive it are killed, and hold no port afterwards."""
     if not leader.alive and started(leader.pid):
         return  # the id belongs to somebody else by now, and so does the group
     _send_until_dead(leader, os.killpg, patience_s)
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(leader.pid, signal.SIGKILL)
+    deadline = time.monotonic() + KILL_PATIENCE_S
+    while group_lives(leader.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _send_until_dead(process: Process, send: Callable[[int, int], None], patience_s: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from diffusion_core import processes as identity
 from diffusion_core.config import UserError
 from flows import processes
 from flows.processes import Process
+from tests.local_stack import wait_for
 
 SYSTEMS = [
     pytest.param("/proc", marks=pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc here")),
@@ -38,6 +40,22 @@ def test_when_a_process_started(proc: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert identity.started(child.pid) is None
 
 
+@pytest.mark.parametrize("proc", SYSTEMS)
+def test_whether_a_group_lives_on_without_its_leader(proc: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity, "PROC", Path(proc))
+    member = "import time; print('here', flush=True); time.sleep(60)"
+    lead = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {member!r}]); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", lead], stdout=subprocess.PIPE, start_new_session=True) as leader:
+        try:
+            assert leader.stdout and leader.stdout.readline() == b"here\n"
+            leader.kill()
+            leader.wait()
+            assert identity.started(leader.pid) is None and identity.group_lives(leader.pid)
+        finally:
+            os.killpg(leader.pid, signal.SIGKILL)
+        wait_for(lambda: not identity.group_lives(leader.pid), "the end of the group", 10)
+
+
 def test_without_proc_and_ps_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(identity, "PROC", Path("/nowhere"))
     monkeypatch.setenv("PATH", "")
@@ -59,7 +77,4 @@ def test_a_group_ends_with_the_members_that_do_not_want_to(tmp_path: Path) -> No
     processes.end_group(Process(leader.pid, "another start"))
     assert leader.alive, "the group of somebody who got the same id"
     processes.end_group(leader, patience_s=5)
-    assert not leader.alive
-    shown = subprocess.run(["ps", "-eo", "pgid=,stat="], capture_output=True, text=True, check=True).stdout
-    states = [state for group, state in map(str.split, shown.splitlines()) if group == str(leader.pid)]
-    assert all(state.startswith("Z") for state in states), "a member outlived its group"
+    assert not leader.alive and not identity.group_lives(leader.pid), "a member outlived its group"
