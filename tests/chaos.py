@@ -27,7 +27,8 @@ from tests.local_stack import LocalStack, alive, processes_about, run, wait_for
 from tests.process_tree import family, kill
 from tests.swift_server import swift_server
 
-FINAL_S = 120.0
+FINAL_S = 120.0  # what is promised
+PATIENCE_S = 600.0  # for what a busy machine does late
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
@@ -116,14 +117,14 @@ class Chaos:
         for folder in ("runs", "images", "leases", "jobs"):
             (Directory(self._store) / folder).delete_tree()
         run_id = self._start(case, self._store)
-        wait_for(lambda: self._midway(case.work), f"the middle of the {case.work}", 120)
+        wait_for(lambda: self._midway(case.work), f"the middle of the {case.work}", PATIENCE_S)
         assert self._state(run_id)["type"] == "RUNNING", self._state(run_id)
         flow = int(self._stack.api.run(run_id)["labels"]["diffusion.pid"])
         watched = self._kill(case.victim, flow)
         began = time.monotonic()
         if case.victim in (Victim.PREFECT, Victim.MLFLOW, Victim.STACK):  # what a user does
             self._stack.up()
-        state = wait_for(lambda: self._final(run_id), f"a final state after the end of the {case.victim}", FINAL_S)
+        state = wait_for(lambda: self._final(run_id), f"a final state after the end of the {case.victim}", PATIENCE_S)
         seconds = time.monotonic() - began
         left = self._left(watched, FINAL_S - seconds)
         self._mend()
@@ -142,7 +143,7 @@ class Chaos:
     def _complete(self, case: Case, store: str) -> dict[Any, str]:
         """Trigger the work once, and return the digests of what it made."""
         run_id = self._start(case, store)
-        ended = self._stack.api.wait_for(run_id, *FINAL, seconds=180)
+        ended = self._stack.api.wait_for(run_id, *FINAL, seconds=PATIENCE_S)
         assert ended["state"]["type"] == "COMPLETED", ended["state"]
         return store_digests.bundles(store) if case.work is Work.TRAIN else store_digests.images(store)
 
@@ -255,7 +256,7 @@ def table(outcomes: list[Outcome]) -> str:
 
 
 def main(words: list[str]) -> int:
-    """Run the cases and print the report; 1 if one of them did not end as it should."""
+    """Run the cases and print the report; 1 if one of them did not end as it should, or not in time."""
     outcomes, broken = [], []
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the stack ends too
     with chaos() as stack:
@@ -271,7 +272,7 @@ def main(words: list[str]) -> int:
             took = time.monotonic() - began
             print(f"{outcome} in {took:.0f} s", file=sys.stderr, flush=True)
     print(table(outcomes))
-    return int(bool(broken) or any(outcome.wrong for outcome in outcomes))
+    return int(bool(broken) or any(outcome.wrong or outcome.seconds > FINAL_S for outcome in outcomes))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from tests.swift_server import ACCESS_KEY, SECRET_KEY, SwiftServer
 from tests.tiny_bundle import tiny_bundle
 from tests.toy_training import toy_dataset
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 SECOND = "SECOND"  # what only the second raylet has
 BROKEN = {"circle/017.png": "truncated", "circle/055.jpg": "empty", "square/101.png": "no picture"}
@@ -80,7 +80,7 @@ class Services:
 
     def sentence(self, run_id: str) -> str:
         """What a run says that failed."""
-        return str(self.stack.api.wait_for(run_id, "FAILED", seconds=120)["state"]["message"])
+        return str(self.stack.api.wait_for(run_id, "FAILED", seconds=300)["state"]["message"])
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def _second_raylet(head: dict[str, Any]) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", RAYLET, head["offers"]["RAY_ADDRESS"]]
     with open(HOME / "second.log", "wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    wait_for(lambda: "joined" in (HOME / "second.log").read_text(), "the second raylet")
+    wait_for(lambda: "joined" in (HOME / "second.log").read_text(), "the second raylet", 300)
     return process
 
 
@@ -146,7 +146,7 @@ def test_a_folder_on_s3_becomes_an_image_set_on_s3(services: Services) -> None:
     shortcuts = {"store": services.store, "source.uri": f"s3://{services.bucket}/pictures"}
     config = as_values(load_config(settings=SETTINGS, shortcuts=shortcuts))
     ended = services.stack.api.wait_for(
-        services.start("diffusion-pipeline/digits", config=config), "COMPLETED", "FAILED", "CRASHED", seconds=600
+        services.start("diffusion-pipeline/digits", config=config), "COMPLETED", "FAILED", "CRASHED", seconds=1200
     )
     assert ended["state"]["type"] == "COMPLETED", ended["state"]["message"]
     _check_dataset(services)
@@ -233,11 +233,11 @@ def test_a_network_that_was_cut_costs_time_and_a_cancel_ends_all(services: Servi
         return max((int(found[1]) for key in _keys(services, "runs/") if (found := CHECKPOINT.search(key))), default=0)
 
     known = newest()
-    before = wait_for(lambda: (now := newest()) > known and now, "a checkpoint", 120)
+    before = wait_for(lambda: (now := newest()) > known and now, "a checkpoint", 300)
     services.network.cut()
     time.sleep(15)
     services.network.mend()
-    wait_for(lambda: newest() > before + 200, "progress after the cut", 120)
+    wait_for(lambda: newest() > before + 200, "progress after the cut", 300)
 
     api(f"flow_runs/{run_id}/set_state", {"state": {"type": "CANCELLING"}})
     api.wait_for(run_id, "CANCELLED", seconds=60)
@@ -265,7 +265,7 @@ def test_a_full_bucket_a_dead_network_and_a_wrong_token_are_a_sentence_each(serv
     wanted = {"request": generation(store), "backend": {"kind": "jobs", "retries": 0}}
     run_id = services.start("generate-images/generate-images", **wanted)
     before = len(_keys(services, "images/"))
-    wait_for(lambda: len(_keys(services, "images/")) > before + 4, "the first images", 120)
+    wait_for(lambda: len(_keys(services, "images/")) > before + 4, "the first images", 300)
     with services.s3.full():
         assert "cannot be used: the quota of the bucket is used up." in services.sentence(run_id)
 
@@ -282,7 +282,7 @@ def test_a_full_bucket_a_dead_network_and_a_wrong_token_are_a_sentence_each(serv
     token.write_text(right)
 
     run_id = services.start("generate-images/generate-images", **wanted)
-    services.stack.api.wait_for(run_id, "COMPLETED", seconds=120)
+    services.stack.api.wait_for(run_id, "COMPLETED", seconds=300)
     assert _leaks(services) == []
 
 
