@@ -140,7 +140,7 @@ time.sleep(10**6)
 
 
 def test_a_folder_on_s3_becomes_an_image_set_on_s3(services: Services) -> None:
-    plain = services.s3.client()
+    plain = services.s3.client
     for key, data in _pictures().items():
         plain.put_object(Bucket=services.bucket, Key=f"pictures/{key}", Body=data)
     shortcuts = {"store": services.store, "source.uri": f"s3://{services.bucket}/pictures"}
@@ -195,13 +195,13 @@ def _check_images(services: Services) -> None:
 
 
 def _keys(services: Services, prefix: str = "") -> list[str]:
-    pages = services.s3.client().get_paginator("list_objects_v2")
+    pages = services.s3.client.get_paginator("list_objects_v2")
     found = pages.paginate(Bucket=services.bucket, Prefix=f"store/{prefix}")
     return [item["Key"] for page in found for item in page.get("Contents", ())]
 
 
 def _object(services: Services, key: str) -> bytes:
-    data: bytes = services.s3.client().get_object(Bucket=services.bucket, Key=key)["Body"].read()
+    data: bytes = services.s3.client.get_object(Bucket=services.bucket, Key=key)["Body"].read()
     return data
 
 
