@@ -31,10 +31,11 @@ test: lint
 	$(PYTEST) tests/integration tests/faults
 
 test-all: lint
-	$(PYTEST) -m "not benchmark" tests/unit
-	$(PYTEST) -m "not benchmark" tests/integration tests/faults tests/acceptance
+	$(PYTEST) -m "not benchmark and not outage" tests/unit
+	$(PYTEST) -m "not benchmark and not outage" tests/integration tests/faults tests/acceptance
 
 chaos: $(TEST_READY)
+	$(BIN)/python -m pytest -m outage tests/acceptance
 	$(BIN)/python -m tests.chaos
 
 lint: $(TEST_READY)
