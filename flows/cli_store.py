@@ -38,8 +38,8 @@ def promote(
 
     place = server.place(store)
     tracking.promote(model, version, place)
-    approval.answer_by_promotion(place, model, version)
     _say_champion(model, version, place, as_json)
+    approval.answer_by_promotion(place, model, version)
 
 
 def rollback(model: ModelName, store: o.Store = None, as_json: o.Json = False) -> None:

@@ -27,7 +27,7 @@ FROM_ENVIRONMENT = "{{ $DIFFUSION_STORE }}"  # what `prefect deploy` puts the va
 HEADER = """\
 # What a shared Prefect server knows of this product: python -m flows.shared > infra/prefect.yaml
 #   export PREFECT_API_URL=http://server:4200/api DIFFUSION_STORE=s3://bucket/prefix
-#   python -m flows.shared --pools                       # `prefect deploy` makes no pools
+#   python -m flows.shared --pools                             # `prefect deploy` makes no pools
 #   prefect --no-prompt deploy --all --prefect-file infra/prefect.yaml
 #   prefect worker start --pool diffusion --type process       # on each machine that runs flows, with the package
 #   diffusion automation enable champion-generates             # the automations are off until they are enabled
