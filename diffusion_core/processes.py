@@ -44,7 +44,7 @@ def started(pid: int) -> str | None:
     """When a process started, as text that differs between two of the same number; None if it is gone, or a zombie."""
     if _has_proc():
         fields = _stat(PROC / f"{pid}/stat")
-        return None if not fields or fields[0] in "ZX" else fields[19]
+        return None if not fields or _is_over(fields) else fields[19]
     state, _, start = _ps("-o", "stat=,lstart=", "-p", str(pid)).strip().partition(" ")
     return None if state.startswith("Z") else start.strip() or None
 
@@ -52,10 +52,17 @@ def started(pid: int) -> str | None:
 def group_lives(leader: int) -> bool:
     """True while a process of the group that `leader` leads, or led, runs; zombies hold nothing any more."""
     if _has_proc():
-        shown = [fields[0:3:2] for fields in map(_stat, PROC.glob("[0-9]*/stat")) if fields]
+        living = [fields[2] for fields in map(_stat, PROC.glob("[0-9]*/stat")) if fields and not _is_over(fields)]
     else:
         shown = [line.split() for line in _ps("-eo", "stat=,pgid=").splitlines()]
-    return any(group == str(leader) and state[0] not in "ZX" for state, group in shown)
+        living = [group for state, group in shown if state[0] not in "ZX"]
+    return str(leader) in living
+
+
+def _is_over(fields: list[str]) -> bool:
+    """What is shown as a zombie while a thread of it is left, as of one that was killed, has its ports still."""
+    state, threads = fields[0], int(fields[17])
+    return state in "ZX" and threads <= 1
 
 
 def _has_proc() -> bool:

@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from diffusion_core.jobs import running
 from diffusion_core.jobs.context import IDS
 from diffusion_core.jobs.running import RUNNING, Running
 from diffusion_core.jobs.transport import GRACE_S, JobFailed
-from diffusion_core.processes import is_gone
+from diffusion_core.processes import group_lives, is_gone, started
 from diffusion_core.store import Directory, layout
 from diffusion_core.store.patience import patience
 
@@ -113,12 +113,18 @@ def _recorded_in(place: Directory) -> str | None:
 
 def _end_group(process: dict[str, Any]) -> None:
     """SIGTERM to the job, and after its grace SIGKILL to its group, which has the number of its leader."""
-    if is_gone(process):
-        return
     pid = int(process["pid"])
-    with suppress(ProcessLookupError):
+    if is_gone(process) and started(pid):
+        return  # the number belongs to somebody else by now
+    with suppress(ProcessLookupError, PermissionError):
         os.kill(pid, signal.SIGTERM)
-        deadline = time.monotonic() + GRACE_S
-        while time.monotonic() < deadline and not is_gone(process):
-            time.sleep(_POLL_S)
+    _wait_while(lambda: not is_gone(process), GRACE_S)
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
+    _wait_while(lambda: group_lives(pid), GRACE_S)
+
+
+def _wait_while(holds: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while holds() and time.monotonic() < deadline:
+        time.sleep(_POLL_S)

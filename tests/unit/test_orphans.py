@@ -60,6 +60,22 @@ def test_an_orphan_is_stopped_with_its_record_and_nothing_else_is(store: str) ->
             each.wait()
 
 
+def test_what_a_killed_job_left_ends_too(store: str) -> None:
+    lead = f"import subprocess, sys; print(subprocess.Popen({SLEEP!r}).pid, flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", lead]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as job:
+        assert job.stdout
+        member = named(int(job.stdout.readline()))
+        put(store, "train-1", Running(waiter=gone(), process=named(job.pid)))
+        job.kill()
+        job.wait()
+        assert not is_gone(member)
+        assert len(orphans.stop_orphans(store)) == 1
+        assert is_gone(member)
+
+
 def test_a_run_that_another_job_goes_on_with_stays_running(store: str) -> None:
     recorder = RunRecorder(store, "toys", "run")
     for job_id, waiter in (("train-1", gone()), ("train-2", this_process())):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -54,6 +55,28 @@ def test_whether_a_group_lives_on_without_its_leader(proc: str, monkeypatch: pyt
         finally:
             os.killpg(leader.pid, signal.SIGKILL)
         wait_for(lambda: not identity.group_lives(leader.pid), "the end of the group", 10)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel for it")
+def test_a_process_whose_first_thread_ended_lives_and_is_ended(tmp_path: Path) -> None:
+    """The kernel shows it as a zombie, and so it does for a moment with every killed process of several threads."""
+    lead = """
+import ctypes, socket, threading, time
+taken = socket.create_server(("127.0.0.1", 0))
+threading.Thread(target=time.sleep, args=(60,)).start()
+print(taken.getsockname()[1], flush=True)
+ctypes.CDLL(None).pthread_exit(None)
+"""
+    leader = processes.start([sys.executable, "-c", lead], {}, tmp_path / "log")
+    stat = Path(f"/proc/{leader.pid}/stat")
+    wait_for(lambda: stat.read_text().rpartition(") ")[2].startswith("Z"), "the end of the first thread", 20)
+    assert leader.alive and identity.group_lives(leader.pid)
+    address = ("127.0.0.1", int((tmp_path / "log").read_text()))
+    socket.create_connection(address).close()
+    processes.end_group(leader, patience_s=5)
+    assert not leader.alive and not identity.group_lives(leader.pid)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address)
 
 
 def test_without_proc_and_ps_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
