@@ -14,7 +14,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from tenacity import retry, stop_after_attempt
@@ -24,6 +24,8 @@ from tests.swift_server import SwiftServer, swift_server
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
+
+    from tests.together import Together
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,6 +78,14 @@ _clean_environment()  # at import, before any library reads its settings
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(HOME, ignore_errors=True)  # processes that are ending may still write there
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together | None:
+    """How `-n 2 --dist loadfile` divides the suite."""
+    from tests.together import Together
+
+    return Together(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -22,7 +22,8 @@ from tests.toy_training import (
     toy_spec,
 )
 
-LENGTH = {"images": 2000, "checkpoint_every_images": 200, "log_every_images": 500}
+IMAGES, CHECKPOINT = 1200, 100
+LENGTH = {"images": IMAGES, "checkpoint_every_images": CHECKPOINT, "log_every_images": 300}
 
 
 def train_in_world(world, dataset, store):
@@ -62,18 +63,18 @@ def worker(run, rank: int, attempt: int = 1) -> int:
     return int(run.attempts.read_json(f"{attempt}.worker-{rank}.json")["pid"])
 
 
-def begin(folder, store, spec, images=300, **resources):
+def begin(folder, store, spec, images=2 * CHECKPOINT, attempt=1, **resources):
     """Start the job and wait until it has a checkpoint at `images`; returns it and its workers' process ids."""
     run = open_run(store, spec)
     job = start_job(folder, toy_request(store, spec, workers=2, **resources))
     wait_for(lambda: (checkpoints(run.checkpoints) or [0])[-1] >= images or job.poll() is not None)
     assert job.poll() is None, job.communicate()[0]
-    return job, [worker(run, rank) for rank in (0, 1)]
+    return job, [worker(run, rank, attempt) for rank in (0, 1)]
 
 
 def check_result(folder, run, undisturbed):
     result = json.loads((folder / "result.json").read_text())
-    assert result["images_seen"] == 2000
+    assert result["images_seen"] == IMAGES
     assert_same_weights(run, undisturbed)
     check_record(run, result)
 
@@ -86,52 +87,70 @@ def check_record(run, result):
 
     client = MlflowClient(tracking_uri(run.directory.uri.split("/runs/")[0]))
     steps = [metric.step for metric in client.get_metric_history(result["mlflow_run_id"], "loss")]
-    assert steps == sorted(set(steps)) and steps[-1] == 2000
-    assert {200 * step for step in range(1, 11)} <= set(steps)
+    assert steps == sorted(set(steps)) and steps[-1] == IMAGES
+    assert set(range(CHECKPOINT, IMAGES + 1, CHECKPOINT)) <= set(steps)
 
 
-@pytest.mark.timeout(900)  # two jobs, each with a Ray of its own
-@pytest.mark.parametrize(
-    "kill", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL], ids=lambda kill: kill.name
-)
-def test_the_job_is_killed_and_run_again(dataset, undisturbed, tmp_path, kill):
-    """The job has its own local Ray, which must end with it."""
+@pytest.mark.timeout(900)  # three jobs, each with a Ray of its own
+def test_the_job_is_interrupted_killed_and_run_again(dataset, undisturbed, tmp_path):
+    """Each job has its own local Ray, which must end with it."""
     store, spec = str(tmp_path / "store"), toy_spec(dataset, **LENGTH)
     run = open_run(store, spec)
     job, workers = begin(tmp_path / "first", store, spec)
-    if kill is signal.SIGINT:
-        os.killpg(job.pid, kill)  # as a terminal does: Ray's processes get it too
-    else:
-        job.kill()
-    output, _ = job.communicate(timeout=60)
-    assert job.returncode != 0, output
-    assert not (tmp_path / "first" / "result.json").exists()
-    wait_for(lambda: not any(map(is_alive, workers)), 30)
-    if kill is signal.SIGINT:
-        assert run.attempts.read_json("1.end.json") == {"outcome": "failed"}
-        assert job.returncode == 128 + signal.SIGINT and "Traceback" not in output
-        assert checkpoints(run.checkpoints)[-1] % 200, "a checkpoint was saved out of turn before it ended"
+    os.killpg(job.pid, signal.SIGINT)  # as a terminal does: Ray's processes get it too
+    output = check_end(job, workers, tmp_path / "first")
+    assert run.attempts.read_json("1.end.json") == {"outcome": "failed"}
+    assert job.returncode == 128 + signal.SIGINT and "Traceback" not in output
+    reached = checkpoints(run.checkpoints)[-1]
+    assert reached % CHECKPOINT, "a checkpoint was saved out of turn before it ended"
+
+    job, workers = begin(tmp_path / "second", store, spec, images=reached + 2 * CHECKPOINT, attempt=2)
+    job.kill()
+    check_end(job, workers, tmp_path / "second")
+    assert not run.attempts.exists("2.end.json")
     assert run.finished(spec.training) is None
 
-    status, output, _ = finished_job(tmp_path / "second", toy_request(store, spec, workers=2))
+    status, output, _ = finished_job(tmp_path / "third", toy_request(store, spec, workers=2))
     assert status == 0, output
-    check_result(tmp_path / "second", run, undisturbed)
-    assert run.attempts.exists("2.json") and not run.attempts.exists("3.json")
+    check_result(tmp_path / "third", run, undisturbed)
+    assert run.attempts.exists("3.json") and not run.attempts.exists("4.json")
+
+
+def check_end(job, workers, folder):
+    """The job ends without a result, and its workers with it; what it said."""
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode != 0, output
+    assert not (folder / "result.json").exists()
+    wait_for(lambda: not any(map(is_alive, workers)), 30)
+    return output
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_worker_costs_only_the_way_back(ray_cluster, dataset, undisturbed, tmp_path, rank):
-    """Inside one attempt: the group starts again at the newest checkpoint."""
+def test_a_killed_worker_costs_only_the_way_back(ray_cluster, dataset, undisturbed, tmp_path):
+    """Inside one attempt, whichever worker it is: the group starts again at the newest checkpoint."""
     store, spec = str(tmp_path / "store"), toy_spec(dataset, **LENGTH)
     run = open_run(store, spec)
-    job, workers = begin(tmp_path / "job", store, spec, max_failures=1)
-    os.kill(workers[rank], signal.SIGKILL)
+    job, workers = begin(tmp_path / "job", store, spec, max_failures=2)
+    for rank in (0, 1):
+        kill_worker(job, run, workers, rank)
+        workers = [worker(run, 0), worker(run, 1)]
     output, _ = job.communicate(timeout=120)
     assert job.returncode == 0, output
     check_result(tmp_path / "job", run, undisturbed)
     assert not run.attempts.exists("2.json")
-    assert worker(run, rank) != workers[rank]
+
+
+def kill_worker(job, run, workers, rank):
+    """Kill it, and wait until the group that takes the place of these workers has come further."""
+    reached = checkpoints(run.checkpoints)[-1]
+    os.kill(workers[rank], signal.SIGKILL)
+
+    def further() -> bool:
+        replaced = not {worker(run, 0), worker(run, 1)} & set(workers)
+        return replaced and checkpoints(run.checkpoints)[-1] > reached
+
+    wait_for(lambda: further() or job.poll() is not None)
+    assert job.poll() is None, job.communicate()[0]
 
 
 @pytest.mark.slow

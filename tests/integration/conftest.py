@@ -1,7 +1,8 @@
-"""One small pipeline, run once, whose results several modules look at."""
+"""What takes long to start and serves several files: the first run of a small pipeline, and a stack."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from diffusion_core.stages.settings import load_config
 from diffusion_core.store import Directory
+from tests.local_stack import LocalStack
 from tests.tiny_pipeline import SETTINGS
 
 
@@ -39,3 +41,14 @@ def first(first_run: tuple[Any, dict[str, int]]) -> Any:
 def first_bytes(first_run: tuple[Any, dict[str, int]]) -> dict[str, int]:
     """What the first run left in the store, in bytes by folder; other tests add to it later."""
     return first_run[1]
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
+    """A stack with a Ray head; the last test that uses it takes it down."""
+    stack = LocalStack(Directory(tmp_path_factory.mktemp("stack") / "store").uri, "--ray")
+    try:
+        stack.up()
+        yield stack
+    finally:
+        stack.down()

@@ -1,7 +1,4 @@
-"""Prefect's UI as a person meets it: a form is filled in, clicked, and its run looked at, in a real browser.
-
-One stack serves all tests of this file, in their order, because starting one takes long.
-"""
+"""Prefect's UI as a person meets it: a form is filled in, clicked, and its run looked at, in a real browser."""
 
 from __future__ import annotations
 
@@ -11,9 +8,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page, expect
 
-from diffusion_core.store import Directory
 from tests.browser import CHROMIUM, Form, OnlyLoopback, browser_page, show_report
-from tests.local_stack import Api, diffusion, free_port, wait_for
+from tests.local_stack import Api, LocalStack, wait_for
 
 pytestmark = [
     pytest.mark.slow,
@@ -23,15 +19,9 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Where the UIs of a stack are, by service."""
-    store = Directory(tmp_path_factory.mktemp("browser") / "store").uri
-    ports = ("--prefect-port", free_port(), "--mlflow-port", free_port())
-    try:
-        services = diffusion("stack", "up", "--store", store, *ports)
-        yield {service["name"]: service["url"] for service in services}
-    finally:
-        diffusion("stack", "down", "--store", store)
+def urls(stack: LocalStack) -> dict[str, str]:
+    """Where the UIs of the stack are, by service."""
+    return {name: service["url"] for name, service in stack.services.items()}
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +92,8 @@ def test_a_run_started_by_clicks_completes_and_shows_its_report(
     form.fill("Training length (images)", "640")
     form.fill("Images to measure", "100")
     form.fill("Images to make", "32")
-    form.fill("Overrides", "evaluation.classifier.images: 2000\ntraining.log_every_images: 128")
+    quick = ["evaluation.classifier.images: 2000", "evaluation.sampler.steps: 4", "training.log_every_images: 128"]
+    form.fill("Overrides", "\n".join(quick))
     run_id = form.submit()
     said = Api(url).run(run_id)["parameters"]
     assert "store" in said and {"images": 640, "samples": 100, "count": 32}.items() <= said.items()

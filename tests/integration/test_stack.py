@@ -1,6 +1,6 @@
 """The long-lived local stack: queues, a final state for every run, a closed Ray head, and its own end.
 
-One stack serves all tests of this file, in their order, because starting one takes long.
+Comes after `test_browser.py`, which uses the same stack. The tests of this file rely on their order.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,28 +50,13 @@ QUEUES = {
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return Directory(tmp_path_factory.mktemp("stack") / "store").uri
+def store(stack: LocalStack) -> str:
+    return stack.store
 
 
 @pytest.fixture(scope="module")
-def up(store: str) -> Iterator[Callable[[], dict[str, Any]]]:
-    """Brings the stack up, with what of it is down; it is down again after the last test."""
-    stack = LocalStack(store, "--ray")
-    try:
-        yield stack.up
-    finally:
-        stack.down()
-
-
-@pytest.fixture(scope="module")
-def stack(up: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    return up()
-
-
-@pytest.fixture(scope="module")
-def api(stack: dict[str, Any]) -> Api:
-    return Api(stack["prefect"]["url"])
+def api(stack: LocalStack) -> Api:
+    return stack.api
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +77,10 @@ def training(store: str) -> dict[str, Any]:
     return {"request": request.model_dump(mode="json", exclude=INTERNAL)}
 
 
-def test_up_twice_is_one_stack_and_its_deployments_have_queues(
-    stack: dict[str, Any], up: Callable[[], dict[str, Any]], api: Api, store: str
-) -> None:
-    assert list(stack) == ["prefect", "mlflow", "ray", "worker", "watcher"]
-    with urllib.request.urlopen(f"{stack['mlflow']['url']}/health", timeout=10) as answer:
+def test_up_twice_is_one_stack_and_its_deployments_have_queues(stack: LocalStack, api: Api, store: str) -> None:
+    services = stack.services
+    assert list(services) == ["prefect", "mlflow", "ray", "worker", "watcher"]
+    with urllib.request.urlopen(f"{services['mlflow']['url']}/health", timeout=10) as answer:
         assert answer.status == 200
     served = api.deployments()
     assert QUEUES.items() <= {name: item["work_queue_name"] for name, item in served.items()}.items()
@@ -106,8 +89,8 @@ def test_up_twice_is_one_stack_and_its_deployments_have_queues(
     digits = f"deployments/{served['diffusion-pipeline/digits']['id']}"
     _check_that_schedules_make_runs(api, digits)
     api(digits, {"tags": ["restart-after-crash"]}, "PATCH")
-    assert {name: service["pid"] for name, service in up().items()} == {
-        name: service["pid"] for name, service in stack.items()
+    assert {name: service["pid"] for name, service in stack.up().items()} == {
+        name: service["pid"] for name, service in services.items()
     }
     assert "restart-after-crash" in api(digits)["tags"]
     shown = run("stack", "status", "--store", store)
@@ -126,8 +109,8 @@ def _check_that_schedules_make_runs(api: Api, deployment: str) -> None:
     wait_for(lambda: not api("flow_runs/filter", ours), "the end of the scheduled runs")
 
 
-def test_other_ports_and_taken_ports_are_one_sentence(stack: dict[str, Any], store: str, tmp_path: Path) -> None:
-    port = stack["prefect"]["url"].rpartition(":")[2]
+def test_other_ports_and_taken_ports_are_one_sentence(stack: LocalStack, store: str, tmp_path: Path) -> None:
+    port = stack.services["prefect"]["url"].rpartition(":")[2]
     refused = run("stack", "up", "--store", store, "--prefect-port", free_port())
     assert refused.returncode == 2 and f"runs on port {port} already" in refused.stderr
     other = tmp_path / "other"
@@ -136,8 +119,8 @@ def test_other_ports_and_taken_ports_are_one_sentence(stack: dict[str, Any], sto
     assert refused.stderr.count("\n") == 1 and not (other / "stack").exists(), "something was started"
 
 
-def test_everything_listens_on_loopback_and_ray_wants_its_token(stack: dict[str, Any], store: str) -> None:
-    sessions = {str(service["pid"]) for service in stack.values()}
+def test_everything_listens_on_loopback_and_ray_wants_its_token(stack: LocalStack, store: str) -> None:
+    sessions = {str(service["pid"]) for service in stack.services.values()}
     shown = subprocess.run(["ps", "-eo", "pid=,sid="], capture_output=True, text=True, check=True).stdout
     ours = {pid for pid, session in map(str.split, shown.splitlines()) if session in sessions}
     listening = subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True, check=True).stdout.splitlines()
@@ -147,7 +130,7 @@ def test_everything_listens_on_loopback_and_ray_wants_its_token(stack: dict[str,
 
     token = Directory(store).local_path / "stack" / "ray-token"
     assert token.stat().st_mode & 0o777 == 0o600
-    jobs = f"{stack['ray']['url']}/api/jobs/"
+    jobs = f"{stack.services['ray']['url']}/api/jobs/"
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(jobs, timeout=10)
     allowed = urllib.request.Request(jobs, headers={"Authorization": f"Bearer {token.read_text()}"})
@@ -155,12 +138,18 @@ def test_everything_listens_on_loopback_and_ray_wants_its_token(stack: dict[str,
         assert answer.status == 200
 
 
+def _checkpoints(runs: Directory, others: tuple[str, ...]) -> list[str]:
+    """The files of checkpoints, but those of `others`."""
+    return [entry.key for entry in runs.list() if "/checkpoints/" in entry.key and not entry.key.startswith(others)]
+
+
 def test_generation_starts_during_a_training_and_a_cancel_needs_no_worker(
-    stack: dict[str, Any], api: Api, store: str, training: dict[str, Any]
+    stack: LocalStack, api: Api, store: str, training: dict[str, Any]
 ) -> None:
+    runs = Directory(store) / "runs"
+    others = tuple(runs.children())
     trained = api.start("train-model/train-model", training)
-    checkpoints = Directory(store) / "runs"
-    wait_for(lambda: any("checkpoints/" in entry.key for entry in checkpoints.list()), "a checkpoint", 180)
+    wait_for(lambda: _checkpoints(runs, others), "a checkpoint", 180)
     assert processes_about(f"{store}/jobs/train-")
 
     asked_at = time.monotonic()
@@ -172,7 +161,7 @@ def test_generation_starts_during_a_training_and_a_cancel_needs_no_worker(
     print(f"the generation started after {time.monotonic() - asked_at:.1f} s")
     assert api.run(trained)["state"]["type"] == "RUNNING"
 
-    os.kill(stack["worker"]["pid"], signal.SIGKILL)
+    os.kill(stack.services["worker"]["pid"], signal.SIGKILL)
     assert run("stack", "status", "--store", store).returncode == 1
     api(f"flow_runs/{trained}/set_state", {"state": {"type": "CANCELLING"}})
     api.wait_for(trained, "CANCELLED", seconds=60)
@@ -180,20 +169,20 @@ def test_generation_starts_during_a_training_and_a_cancel_needs_no_worker(
 
 
 def test_a_killed_run_is_crashed_with_its_reason_and_starts_again_if_asked(
-    up: Callable[[], dict[str, Any]], api: Api, store: str, training: dict[str, Any]
+    stack: LocalStack, api: Api, store: str, training: dict[str, Any]
 ) -> None:
-    stack = up()
+    stack.up()
     killed = api.start("train-model/train-model", training, tags=("restart-after-crash",))
     api.wait_for(killed, "RUNNING")
     wait_for(lambda: processes_about(f"{store}/jobs/train-"), "the job")
     pid = api.run(killed)["labels"]["diffusion.pid"]
-    for victim in (stack["worker"]["pid"], pid):
+    for victim in (stack.services["worker"]["pid"], pid):
         os.kill(victim, signal.SIGKILL)
     state = api.wait_for(killed, "CRASHED", seconds=60)["state"]
     assert f"pid {pid}" in state["message"]
     wait_for(lambda: not processes_about(f"{store}/jobs/"), "the end of the job", 60)
 
-    up()
+    stack.up()
     (again,) = (run for run in api("flow_runs/filter", {}) if run["labels"].get("diffusion.restarts"))
     assert again["parameters"] == api.run(killed)["parameters"]
     api.wait_for(again["id"], "RUNNING")
@@ -203,9 +192,9 @@ def test_a_killed_run_is_crashed_with_its_reason_and_starts_again_if_asked(
     assert processes_about(f"{store}/jobs/") == []
 
 
-def test_prefect_deploy_makes_the_same_deployments(api: Api, stack: dict[str, Any], store: str) -> None:
+def test_prefect_deploy_makes_the_same_deployments(api: Api, stack: LocalStack, store: str) -> None:
     before = api.deployments()
-    environment = {**os.environ, "PREFECT_API_URL": f"{stack['prefect']['url']}/api", "DIFFUSION_STORE": store}
+    environment = {**os.environ, "PREFECT_API_URL": f"{stack.services['prefect']['url']}/api", "DIFFUSION_STORE": store}
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     command += ["--prefect-file", str(ROOT / "infra" / "prefect.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
@@ -222,12 +211,14 @@ def test_prefect_deploy_makes_the_same_deployments(api: Api, stack: dict[str, An
     assert "nothing" in api.wait_for(refused, "FAILED")["state"]["message"]
 
 
-def test_down_ends_what_is_going_and_says_why(api: Api, store: str, training: dict[str, Any]) -> None:
+def test_down_ends_what_is_going_and_says_why(
+    stack: LocalStack, api: Api, store: str, training: dict[str, Any]
+) -> None:
     going = api.start("train-model/train-model", training)
     api.wait_for(going, "RUNNING")
     wait_for(lambda: processes_about(f"{store}/jobs/train-"), "the job")
     running = diffusion("stack", "status", "--store", store)
-    ended = diffusion("stack", "down", "--store", store)
+    ended = stack.down()
     assert {service["name"] for service in ended} == {"prefect", "mlflow", "ray", "worker", "watcher"}
     assert not any(alive(service["pid"]) for service in running)
     assert processes_about(store) == []
