@@ -98,6 +98,12 @@ class Outcome:
             found.append(f"{self.state} instead of {ENDS[self.case.victim]}: {self.message}")
         return found if self.same else [*found, "the next trigger made other bytes"]
 
+    @property
+    def told(self) -> str:
+        left = [f"**{len(self.left)} processes left**"] if self.left else []
+        other = [] if self.same else ["**other bytes**"]
+        return ", ".join([f"{self.state} after {self.seconds:.0f} s", *left, *other])
+
 
 ALL = [Case(victim, work, backend) for victim in Victim for work in Work for backend in ("local", "jobs")]
 
@@ -245,14 +251,13 @@ def chaos() -> Iterator[Chaos]:
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """The report, in Markdown."""
-    rows = ["| killed | during | job | final state | after | left | next trigger |", "|---|---|---|---|---|---|---|"]
-    for outcome in outcomes:
-        case = outcome.case
-        left, same = len(outcome.left) or "nothing", "same bytes" if outcome.same else "**other bytes**"
-        ended = f"{outcome.state} | {outcome.seconds:.0f} s"
-        rows.append(f"| {case.victim} | {case.work} | {case.backend} | {ended} | {left} | {same} |")
-    return "\n".join(rows)
+    """The report, in Markdown: what became of the run and when, and what of it is not as promised."""
+    columns = [(work, backend) for work in Work for backend in ("local", "jobs")]
+    rows = [["killed", *(f"{work} by {backend}" for work, backend in columns)], ["---"] * (1 + len(columns))]
+    told = {outcome.case: outcome.told for outcome in outcomes}
+    for victim in dict.fromkeys(outcome.case.victim for outcome in outcomes):
+        rows.append([victim, *(told.get(Case(victim, *column), "not tried") for column in columns)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def main(words: list[str]) -> int:
