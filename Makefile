@@ -7,7 +7,7 @@ ASKED := $(shell cat pyproject.toml infra/constraints.txt | cksum | cut -d' ' -f
 DEMO_READY := .venv/ready-demo-$(ASKED)
 TEST_READY := .venv/ready-test-$(ASKED)
 # Two files beside each other: most tests wait for servers and clusters to start, rather than for a core.
-PYTEST := $(BIN)/python -m pytest --durations=20 -n 2 --dist loadfile
+PYTEST := $(BIN)/python -m pytest --durations=20 -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo install test test-all chaos lint bench bench-plan constraints clean
 
@@ -31,11 +31,10 @@ test: lint
 	$(PYTEST) tests/integration tests/faults
 
 test-all: lint
-	$(PYTEST) -m "not benchmark and not outage" tests/unit
-	$(PYTEST) -m "not benchmark and not outage" tests/integration tests/faults tests/acceptance
+	$(PYTEST) -m "not benchmark" tests/unit
+	$(PYTEST) -m "not benchmark" tests/acceptance tests/faults tests/integration
 
 chaos: $(TEST_READY)
-	$(BIN)/python -m pytest -m outage tests/acceptance
 	$(BIN)/python -m tests.chaos
 
 lint: $(TEST_READY)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.chaos import Case, Chaos, Victim, Work, chaos
 
-pytestmark = [pytest.mark.outage, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 QUICKEST = [
     Case(Victim.FLOW, Work.GENERATE, "jobs"),

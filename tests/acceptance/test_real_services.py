@@ -35,7 +35,7 @@ from tests.swift_server import ACCESS_KEY, SECRET_KEY, SwiftServer
 from tests.tiny_bundle import tiny_bundle
 from tests.toy_training import toy_dataset
 
-pytestmark = [pytest.mark.outage, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 SECOND = "SECOND"  # what only the second raylet has
 BROKEN = {"circle/017.png": "truncated", "circle/055.jpg": "empty", "square/101.png": "no picture"}
