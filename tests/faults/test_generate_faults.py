@@ -26,7 +26,7 @@ from diffusion_core.stages.work.generate import DIED, generate
 from tests.tiny_bundle import tiny_bundle
 
 CONFIG = GenerationConfig.model_validate(
-    {"count": 192, "first_image_id": 0, "batch_size": 8, "images_per_shard": 8, "sampler": {"steps": 100}}
+    {"count": 192, "first_image_id": 0, "batch_size": 8, "images_per_shard": 8, "sampler": {"steps": 50}}
 )
 SHARDS, IMAGES = 24, 192
 
