@@ -14,8 +14,8 @@ PYTEST := $(BIN)/python -m pytest --durations=20 -n 2 --dist loadfile --no-loads
 help:
 	@echo "make demo       the whole pipeline on real images: shows where everything is"
 	@echo "make test       lint, types and the test suite (at most 15 minutes on 2 cores)"
-	@echo "make test-all   the long acceptance tests too (at most 60 minutes)"
-	@echo "make chaos      kills each part of a running stack, and reports what became of the work (about 40 minutes)"
+	@echo "make test-all   the long acceptance tests too (about 70 minutes on 2 cores)"
+	@echo "make chaos      kills each part of a running stack, and reports what became of the work (about 50 minutes)"
 	@echo "make lint       ruff, import rules and mypy alone"
 	@echo "make bench      speed of training and sampling beside diffusers"
 	@echo "make bench-plan how near 'diffusion plan' comes to what the digits take (about 10 minutes)"
