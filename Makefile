@@ -6,7 +6,7 @@ BIN := .venv/bin
 ASKED := $(shell cat pyproject.toml infra/constraints.txt | cksum | cut -d' ' -f1)
 DEMO_READY := .venv/ready-demo-$(ASKED)
 TEST_READY := .venv/ready-test-$(ASKED)
-# Two files beside each other: most tests wait for servers and clusters to start, rather than for a core.
+# Two files beside each other, in the order given: long ones first, so that no core is idle at the end.
 PYTEST := $(BIN)/python -m pytest --durations=20 -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo install test test-all chaos lint bench bench-plan constraints clean

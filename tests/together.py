@@ -12,7 +12,7 @@ SHARED = {
     "the first run of the pipeline": ("test_pipeline.py", "test_plan.py", "test_verbs.py"),
     "the stack": ("test_browser.py", "test_stack.py"),
 }
-TOGETHER = {file: service for service, files in SHARED.items() for file in files}
+TOGETHER = {f"tests/integration/{file}": service for service, files in SHARED.items() for file in files}
 
 
 class Together(LoadScopeScheduling):
@@ -20,4 +20,4 @@ class Together(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         path = nodeid.partition("::")[0]
-        return TOGETHER.get(path.rpartition("/")[2], path)
+        return TOGETHER.get(path, path)
